@@ -1,0 +1,1 @@
+"""Offline side: impression logs to a bundle."""

@@ -1,0 +1,148 @@
+"""The configuration of a training run: one TOML file to frozen models, with overrides."""
+
+import tomllib
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+
+from model.contract.errors import SpecError
+from model.contract.spec import describe_errors
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataConfig(_Section):
+    """The tables of a run; relative paths are relative to the configuration file."""
+
+    impressions: Path
+    schema_file: Path
+    events: Path | None = None
+    items: Path | None = None
+    users: Path | None = None
+    observed_until: AwareDatetime | None = None
+
+
+class SplitConfig(_Section):
+    """Split by time, where the log names no split: train first, test last, the rest between them."""
+
+    train_share: float = Field(default=0.7, gt=0, lt=1)
+    test_share: float = Field(default=0.15, gt=0, lt=1)
+
+
+class NetConfig(_Section):
+    """Architecture and its options (those of the architecture's options class)."""
+
+    architecture: str = "tafe"
+    options: dict[str, Any] = Field(default_factory=dict)  # Any: checked by the architecture
+
+
+class ObjectiveConfig(_Section):
+    """Which loss, and the weight of each step's term (one for all when empty)."""
+
+    name: str = "e2e"
+    step_weights: tuple[float, ...] = ()
+
+
+class OptimizerConfig(_Section):
+    """Adam and the order of rows.
+
+    Attributes:
+        embedding_decay, dense_decay: decoupled weight decay per step, as a share of the rate.
+        drop_record_share: share of requests trained without their user record.
+        drop_id_share: share of item ids trained as unknown.
+        evaluations_per_epoch: how often validation is scored, and a checkpoint written.
+        patience: evaluations without a better validation loss before the end.
+    """
+
+    batch_rows: int = Field(default=4096, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    final_learning_rate_share: float = Field(default=0.1, ge=0, le=1)
+    embedding_decay: float = Field(default=0.0, ge=0)
+    dense_decay: float = Field(default=0.0, ge=0)
+    max_epochs: int = Field(default=2, ge=1)
+    patience: int = Field(default=3, ge=1)
+    evaluations_per_epoch: int = Field(default=4, ge=1)
+    drop_record_share: float = Field(default=0.03, ge=0, lt=1)
+    drop_id_share: float = Field(default=0.01, ge=0, lt=1)
+    seed: int = 1
+    num_threads: int = Field(default=0, ge=0, description="0: all cores")
+
+
+class FitConfig(_Section):
+    """Calibration and the gates a bundle must pass, on the calibration split.
+
+    Attributes:
+        methods: calibrators tried per conditional step; the best by log-loss is kept.
+    """
+
+    methods: tuple[Literal["identity", "platt", "isotonic"], ...] = (
+        "identity",
+        "platt",
+        "isotonic",
+    )
+
+
+class TrainConfig(_Section):
+    """All of a run."""
+
+    data: DataConfig
+    split: SplitConfig = SplitConfig()
+    net: NetConfig = NetConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    calibration: FitConfig = FitConfig()
+
+    def dump(self) -> dict[str, Any]:  # Any: TOML values
+        """Plain data for TOML and JSON; unset values are left out."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+def load_config(path: Path, *, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Reads a run's TOML, applies `section.key=value` overrides (values as TOML, else text).
+
+    Raises:
+        SpecError: the file or an override is at fault; every fault is named.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as exc:
+        raise SpecError(f"no configuration at {path}", where=str(path)) from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise SpecError(f"{path} is not TOML: {exc}", where=str(path)) from exc
+    for override in overrides:
+        _apply(content, override)
+    try:
+        config = TrainConfig.model_validate(content)
+    except ValidationError as exc:
+        raise SpecError(f"{path}: {describe_errors(exc)}", where=str(path)) from exc
+    return config.model_copy(update={"data": _resolve(config.data, path.parent)})
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign:
+        raise SpecError(f"override {override!r} is not section.key=value", where=override)
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise SpecError(f"override {override!r}: {section!r} is no section", where=override)
+    content[last] = value
+
+
+def _resolve(data: DataConfig, base: Path) -> DataConfig:
+    paths = {
+        name: (base / value).resolve()
+        for name, value in data
+        if isinstance(value, Path) and not isinstance(value, datetime)
+    }
+    return data.model_copy(update=paths)

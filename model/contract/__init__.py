@@ -1,0 +1,1 @@
+"""The contract between trainer and service: schema, encoder, user record, bundle, errors."""

@@ -1,0 +1,124 @@
+"""Blocks: encoded requests and candidates, and which feature stands in which of their columns."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from model.contract.columns import Ids
+from model.contract.spec import (
+    Categorical,
+    Elapsed,
+    Feature,
+    Hashed,
+    History,
+    Match,
+    Numeric,
+    Schema,
+    TimePart,
+)
+
+Dense = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestBlock:
+    """Encoded requests: ids int64 [R, F], dense float32 [R, N], history int64 [R, sum of lengths]."""
+
+    ids: Ids
+    dense: Dense
+    history: Ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidateBlock:
+    """Encoded candidates: ids int64 [N, F], dense float32 [N, D]."""
+
+    ids: Ids
+    dense: Dense
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """What one run of the network takes; request_of int64 [N] indexes the request block's rows."""
+
+    request: RequestBlock
+    candidate: CandidateBlock
+    request_of: Ids
+
+    def __len__(self) -> int:
+        return len(self.request_of)
+
+    def feeds(self) -> dict[str, npt.NDArray[Any]]:  # Any: int64 and float32 arrays side by side
+        """The graph's inputs by name; those of no width are left out."""
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "request_ids": self.request.ids,
+            "request_dense": self.request.dense,
+            "request_history": self.request.history,
+            "candidate_ids": self.candidate.ids,
+            "candidate_dense": self.candidate.dense,
+        }
+        feeds = {name: array for name, array in arrays.items() if array.shape[1]}
+        feeds["request_of"] = self.request_of
+        return feeds
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Which features stand in which columns of one block.
+
+    Dense columns: a value for every numeric and elapsed feature, then the count of every match, then its days,
+    then a missing flag for every numeric and elapsed feature, then one for every match.
+    """
+
+    ids: tuple[str, ...]
+    numerics: tuple[str, ...]
+    matches: tuple[str, ...]
+    histories: tuple[History, ...]
+
+    @property
+    def value_columns(self) -> tuple[str, ...]:
+        """Names of the dense columns that are standardised, by which `moments` are kept."""
+        return (
+            *self.numerics,
+            *(f"{name}_count" for name in self.matches),
+            *(f"{name}_days" for name in self.matches),
+        )
+
+    @property
+    def dense_columns(self) -> tuple[str, ...]:
+        """Names of all dense columns."""
+        return (
+            *self.value_columns,
+            *(f"{name}_missing" for name in (*self.numerics, *self.matches)),
+        )
+
+    @property
+    def history_width(self) -> int:
+        """Columns of the history part: the sum of the histories' lengths."""
+        return sum(history.max_length for history in self.histories)
+
+
+def layouts(schema: Schema) -> tuple[BlockLayout, BlockLayout]:
+    """The request block's layout and the candidate block's."""
+
+    def layout(features: Sequence[Feature]) -> BlockLayout:
+        return BlockLayout(
+            ids=tuple(f.name for f in features if isinstance(f, Categorical | Hashed | TimePart)),
+            numerics=tuple(f.name for f in features if isinstance(f, Numeric | Elapsed)),
+            matches=tuple(f.name for f in features if isinstance(f, Match)),
+            histories=tuple(f for f in features if isinstance(f, History)),
+        )
+
+    return (
+        layout([f for f in schema.features if f.is_request_side]),
+        layout([f for f in schema.features if not f.is_request_side]),
+    )

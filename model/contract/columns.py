@@ -1,0 +1,135 @@
+"""Raw columns: the forms in which raw values reach the encoder, and how each value is checked."""
+
+from collections.abc import Callable, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from model.contract.errors import EncodeError
+
+Floats = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dictionary:
+    """A column as its distinct raw values and, per row, an index into them (-1 for null)."""
+
+    values: Sequence[object]
+    index: Ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ragged:
+    """A column of lists, newest first: flat values and times [total], row i at offsets[i:i+2]."""
+
+    values: "Column"
+    times: Floats
+    offsets: Ids
+
+
+# Any: a numpy column may be of any dtype; what it may hold is checked feature by feature.
+Column = Sequence[object] | npt.NDArray[Any] | Dictionary
+Columns = Mapping[str, Column | Ragged]
+
+
+def numbers(name: str, column: Column | Ragged) -> Floats:
+    """A raw column as float64 [n], NaN where missing.
+
+    Raises:
+        EncodeError: a value is no finite number.
+    """
+    if isinstance(column, np.ndarray) and column.dtype.kind in "iuf":
+        values = column.astype(np.float64)
+    elif isinstance(column, Dictionary | Ragged):
+        raise EncodeError(name, "expected a number, got a text or list column")
+    else:
+        values = np.array([_number(name, value, row) for row, value in enumerate(column)])
+    if np.isinf(values).any():
+        row = int(np.argmax(np.isinf(values)))
+        raise EncodeError(name, "expected a finite number, got an infinity", row=row)
+    return values
+
+
+def _number(name: str, value: object, row: int) -> float:
+    if value is None:
+        return np.nan
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise EncodeError(name, f"expected a number, got {_shorten(value)}", row=row)
+    try:
+        return float(value)
+    except OverflowError as exc:
+        raise EncodeError(name, "the number is too large", row=row) from exc
+
+
+def map_ids(
+    name: str, column: "Column | Ragged", function: Callable[[object], int], *, null: int
+) -> Ids:
+    """Applies a function to each raw value, to each distinct one only of a dictionary column.
+
+    Args:
+        name: the feature, for errors.
+        column: raw ids.
+        function: raw value to a code, or to a 64-bit hash (its bits are kept).
+        null: the result where a dictionary column has no value.
+
+    Raises:
+        EncodeError: a value is no id.
+    """
+    if isinstance(column, Ragged):
+        raise EncodeError(name, "expected one id, got a list")
+    values: Sequence[object] | npt.NDArray[Any]
+    values = column.values if isinstance(column, Dictionary) else column
+    mapped = []
+    for row, value in enumerate(values.tolist() if isinstance(values, np.ndarray) else values):
+        try:
+            mapped.append(function(value))
+        except TypeError as exc:
+            raise EncodeError(name, str(exc), row=row) from exc
+    if isinstance(column, Dictionary):
+        mapped.append(null)
+    codes = np.array(mapped, np.uint64).view(np.int64)
+    return codes[column.index] if isinstance(column, Dictionary) else codes
+
+
+def as_ragged(
+    name: str, column: "Column | Ragged", times_column: "Column | Ragged | None"
+) -> Ragged:
+    """The ragged form of a column of id lists and one of lists of unix seconds beside it.
+
+    Without times every id counts, however late.
+
+    Raises:
+        EncodeError: a value is no list, or has not as many times as ids.
+    """
+    if isinstance(column, Ragged):
+        return column
+    if isinstance(column, Dictionary) or isinstance(times_column, Dictionary | Ragged):
+        raise EncodeError(name, "expected a list of ids and a list of their times")
+    flat: list[object] = []
+    flat_times: list[float] = []
+    offsets = [0]
+    for row, ids in enumerate(column):
+        times = None if times_column is None else times_column[row]
+        if times is None:
+            times = [-np.inf] * len(ids) if isinstance(ids, Sized) else []
+        if not isinstance(ids, list | tuple) or not isinstance(times, list | tuple | np.ndarray):
+            if ids is None:
+                offsets.append(len(flat))
+                continue
+            raise EncodeError(name, "expected a list of ids", row=row)
+        if len(times) != len(ids):
+            raise EncodeError(name, "ids and times differ in length", row=row)
+        flat.extend(ids)
+        flat_times.extend(times)
+        offsets.append(len(flat))
+    return Ragged(
+        values=flat, times=np.array(flat_times, np.float64), offsets=np.array(offsets, np.int64)
+    )
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,195 @@
+"""The user record: what the online store holds of one user, as raw values in versioned msgpack.
+
+Raw, never encoded: every bundle can read it, so that a swap, a canary and a roll-back share one store. A field
+that is absent is missing; a field that the schema does not know is ignored.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from model.contract.errors import RecordError
+from model.contract.ids import NO_KEY
+from model.contract.spec import RawValue
+
+RECORD_VERSION = 1
+
+Keys = npt.NDArray[np.uint64]
+Counts = npt.NDArray[np.uint32]
+Times = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchEntries:
+    """What a user did with the values of one attribute.
+
+    Attributes:
+        keys: uint64 [k], ascending `hash_id` of the values, no repeats.
+        counts: uint32 [k], events per value.
+        last_times: int64 [k], unix seconds of the last event per value.
+    """
+
+    keys: Keys
+    counts: Counts
+    last_times: Times
+
+
+@dataclass(frozen=True, kw_only=True)
+class HistoryEntries:
+    """A user's newest events of one kind, newest first: ids [k] and unix seconds int64 [k]."""
+
+    ids: tuple[str | int, ...]
+    times: Times
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserRecord:
+    """One user's record.
+
+    Attributes:
+        updated_at: unix seconds as of which the record was made.
+        features: scalar raw values by raw column name; times as unix seconds.
+        matches: by match feature name.
+        histories: by history feature name.
+    """
+
+    updated_at: float
+    features: Mapping[str, RawValue] = field(default_factory=dict)
+    matches: Mapping[str, MatchEntries] = field(default_factory=dict)
+    histories: Mapping[str, HistoryEntries] = field(default_factory=dict)
+
+
+class _WireMatch(msgspec.Struct):
+    keys: bytes
+    counts: bytes
+    last_times: bytes
+
+
+class _WireHistory(msgspec.Struct):
+    ids: list[str | int]
+    times: bytes
+
+
+class _WireRecord(msgspec.Struct):
+    record_version: int
+    updated_at: float
+    features: dict[str, str | int | float | None] = {}
+    matches: dict[str, _WireMatch] = {}
+    histories: dict[str, _WireHistory] = {}
+
+
+class _WireVersion(msgspec.Struct):
+    record_version: int
+
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER = msgspec.msgpack.Decoder(_WireRecord)
+_VERSION_DECODER = msgspec.msgpack.Decoder(_WireVersion)
+
+
+def pack_record(record: UserRecord) -> bytes:
+    """The record's bytes.
+
+    Raises:
+        RecordError: arrays of one entry differ in length, or keys are not strictly ascending.
+    """
+    for name, entries in record.matches.items():
+        _check_match(name, entries)
+    for name, history in record.histories.items():
+        if len(history.ids) != len(history.times):
+            raise RecordError(f"history {name!r}: ids and times differ in length", where=name)
+    return _ENCODER.encode(
+        _WireRecord(
+            record_version=RECORD_VERSION,
+            updated_at=record.updated_at,
+            features=dict(record.features),
+            matches={
+                name: _WireMatch(
+                    keys=entries.keys.astype("<u8").tobytes(),
+                    counts=entries.counts.astype("<u4").tobytes(),
+                    last_times=entries.last_times.astype("<i8").tobytes(),
+                )
+                for name, entries in record.matches.items()
+            },
+            histories={
+                name: _WireHistory(
+                    ids=list(history.ids), times=history.times.astype("<i8").tobytes()
+                )
+                for name, history in record.histories.items()
+            },
+        )
+    )
+
+
+def unpack_record(data: bytes) -> UserRecord:
+    """Reads a record's bytes; the arrays are views of them.
+
+    Raises:
+        RecordError: not such a record, of another version, or its arrays do not fit each other.
+    """
+    try:
+        version = _VERSION_DECODER.decode(data).record_version
+        if version != RECORD_VERSION:
+            raise RecordError(
+                f"record_version {version} is not known, expected {RECORD_VERSION}",
+                where="record_version",
+            )
+        wire = _DECODER.decode(data)
+    except msgspec.MsgspecError as exc:
+        raise RecordError(f"not a user record: {exc}", where="record") from exc
+    except UnicodeDecodeError as exc:
+        raise RecordError("not a user record: text is not UTF-8", where="record") from exc
+    if not np.isfinite(wire.updated_at):
+        raise RecordError("updated_at is not a finite number", where="updated_at")
+    try:
+        matches = {
+            name: MatchEntries(
+                keys=np.frombuffer(entries.keys, "<u8"),
+                counts=np.frombuffer(entries.counts, "<u4"),
+                last_times=np.frombuffer(entries.last_times, "<i8"),
+            )
+            for name, entries in wire.matches.items()
+        }
+        histories = {
+            name: HistoryEntries(ids=tuple(entry.ids), times=np.frombuffer(entry.times, "<i8"))
+            for name, entry in wire.histories.items()
+        }
+    except ValueError as exc:
+        raise RecordError(f"an array's length does not fit its type: {exc}") from exc
+    for name, entries in matches.items():
+        _check_match(name, entries)
+    for name, history in histories.items():
+        if len(history.ids) != len(history.times):
+            raise RecordError(f"history {name!r}: ids and times differ in length", where=name)
+    return UserRecord(
+        updated_at=wire.updated_at, features=wire.features, matches=matches, histories=histories
+    )
+
+
+def look_up(
+    entries: MatchEntries | None, keys: Keys
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Counts and last times (unix seconds) of `keys`, float64 [n] each, NaN where there is none.
+
+    `keys` may hold NO_KEY, which matches nothing. O(n log k).
+    """
+    counts = np.full(len(keys), np.nan)
+    times = np.full(len(keys), np.nan)
+    if entries is None or not len(entries.keys):
+        return counts, times
+    position = np.searchsorted(entries.keys, keys)
+    position[position == len(entries.keys)] = 0
+    found = (entries.keys[position] == keys) & (keys != NO_KEY)
+    counts[found] = entries.counts[position[found]]
+    times[found] = entries.last_times[position[found]]
+    return counts, times
+
+
+def _check_match(name: str, entries: MatchEntries) -> None:
+    if not len(entries.keys) == len(entries.counts) == len(entries.last_times):
+        raise RecordError(f"match {name!r}: the three arrays differ in length", where=name)
+    if np.any(entries.keys[1:] <= entries.keys[:-1]):
+        raise RecordError(f"match {name!r}: keys are not strictly ascending", where=name)

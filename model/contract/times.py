@@ -1,0 +1,30 @@
+"""Times on the wire: RFC 3339 with an offset, unix seconds inside."""
+
+import re
+from datetime import UTC, datetime
+
+from model.contract.errors import EncodeError
+
+_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)")
+
+
+def parse_time(text: str, *, field: str = "time") -> float:
+    """Unix seconds of an RFC 3339 time.
+
+    Raises:
+        EncodeError: it is not one, or has no offset.
+    """
+    try:
+        if not _RFC3339.fullmatch(text):
+            raise ValueError
+        return datetime.fromisoformat(text.upper()).timestamp()
+    except (ValueError, OverflowError) as exc:
+        raise EncodeError(
+            field,
+            f"expected an RFC 3339 time with an offset (2026-01-31T12:00:00Z), got {text[:40]!r}",
+        ) from exc
+
+
+def format_time(seconds: float) -> str:
+    """RFC 3339 in UTC, to the microsecond."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")

@@ -1,0 +1,405 @@
+"""Histories and statistics as of a time, for logs, user records and item snapshots alike.
+
+Everything counts events strictly before `time - availability_lag`. Tables of running totals are made once; a log
+looks up the last row before each impression, a record takes the last row before T: the same totals.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from model.contract.columns import Ragged
+from model.contract.errors import LogError
+from model.contract.ids import canonical_ids, hash_ids
+from model.contract.record import HistoryEntries, MatchEntries, UserRecord
+from model.contract.spec import Elapsed, EventStatistic, History, Match, Numeric, RawValue, Schema
+from model.logs import read_table, same_type, unix_seconds
+
+Floats = npt.NDArray[np.float64]
+USER, ITEM, TIME, EVENT, KEY = "_user", "_item", "_time", "_event", "_key"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tables:
+    """Events, item attributes and user attributes of a run; any may be absent."""
+
+    events: pl.DataFrame | None
+    items: pl.DataFrame | None
+    users: pl.DataFrame | None
+
+    @classmethod
+    def read(
+        cls, *, events: Path | None, items: Path | None, users: Path | None, schema: Schema
+    ) -> "Tables":
+        """Reads them and checks the columns that the schema's features name.
+
+        Raises:
+            LogError: a column is missing.
+        """
+        log = schema.log
+        event_frame = None
+        if events is not None:
+            raw = read_table(events)
+            _require(raw, (log.user_id, log.item_id, log.time, "event"), events)
+            columns = {s.column for s in _statistics(schema) if s.column is not None}
+            _require(raw, sorted(columns), events)
+            event_frame = raw.with_columns(
+                pl.col(log.user_id).alias(USER),
+                pl.col(log.item_id).alias(ITEM),
+                pl.Series(TIME, unix_seconds(raw[log.time])),
+                pl.col("event").alias(EVENT),
+            ).sort(TIME, maintain_order=True)
+        return cls(
+            events=event_frame,
+            items=_attributes(items, log.item_id, log.time),
+            users=_attributes(users, log.user_id, log.time),
+        )
+
+
+class AsOf:
+    """Looks raw columns up as of a time."""
+
+    def __init__(self, tables: Tables, *, schema: Schema) -> None:
+        self.schema = schema
+        self.tables = tables
+        self._totals: dict[tuple[str, tuple[str, ...]], pl.DataFrame] = {}
+
+    def attribute_rows(
+        self, table: pl.DataFrame, on: str, ids: pl.Series, time: Floats
+    ) -> npt.NDArray[np.int64]:
+        """Row of `table` valid for each id at each time, int64 [n], -1 where there is none."""
+        left = pl.DataFrame({on: ids, TIME: time}).with_row_index("_n")
+        right = table.select(on, *([TIME] if TIME in table.columns else [])).with_row_index("_row")
+        left, right = same_type(left, right, on)
+        if TIME in table.columns:
+            joined = left.sort(TIME).join_asof(
+                right.sort(TIME), on=TIME, by=on, check_sortedness=False
+            )
+        else:
+            joined = left.join(right, on=on, how="left")
+        rows = joined.sort("_n")["_row"].cast(pl.Int64).fill_null(-1)
+        return rows.to_numpy()
+
+    def matches(self, feature: Match, log: pl.DataFrame, keys: pl.Series) -> tuple[Floats, Floats]:
+        """Counts and last times (unix seconds) of each row's key, NaN where there is none.
+
+        Args:
+            feature: the match feature.
+            log: columns USER and TIME, in the order of the answer.
+            keys: each row's value of the feature's attribute.
+        """
+        found = self._last_before(
+            self._running(feature.attribute, feature.events), log.with_columns(keys.alias(KEY))
+        )
+        return _float(found["_count"]), _float(found["_last"])
+
+    def user_statistic(self, statistic: EventStatistic, log: pl.DataFrame) -> Floats:
+        """One statistic of each row's user as of its time, float64 [n]."""
+        found = self._last_before(self._user_running(statistic), log)
+        return self._user_value(statistic, found)
+
+    def item_statistic(self, statistic: EventStatistic, keys: pl.Series, time: Floats) -> Floats:
+        """One statistic of each row's attribute value over the last whole periods, float64 [n]."""
+        period = np.floor(
+            (time - self.schema.availability_lag_s - self.schema.period_start)
+            / (self.schema.period_days * 86400.0)
+        ).astype(np.int64)
+        left = pl.DataFrame({KEY: keys, "_period": period})
+        windows = self._windows(statistic)
+        left, windows = same_type(left, windows, KEY)
+        found = left.join(windows, on=[KEY, "_period"], how="left", maintain_order="left")
+        if statistic.aggregate == "mean":
+            return _float(found["_sum"] / found["_count"])
+        count = _float(found["_count"].fill_null(0))
+        return np.where(keys.is_null().to_numpy(), np.nan, count)
+
+    def history(self, feature: History, log: pl.DataFrame) -> Ragged:
+        """The newest events' values of each row's user, newest first."""
+        events = self._keyed(feature.of, feature.events).sort(USER, TIME, maintain_order=True)
+        running = events.select(
+            USER,
+            TIME,
+            pl.int_range(pl.len()).over(USER).alias("_count") + 1,
+            pl.int_range(pl.len()).alias("_end") + 1,
+        )
+        running = running.group_by(USER, TIME, maintain_order=True).last().sort(TIME)
+        found = self._last_before(running, log)
+        end = found["_end"].fill_null(0).to_numpy().astype(np.int64)
+        count = found["_count"].fill_null(0).to_numpy().astype(np.int64)
+        lengths = np.minimum(count, feature.max_length)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+        rows = np.repeat(end, lengths) - 1 - place
+        return Ragged(
+            values=events[KEY].gather(rows).to_list(),
+            times=events[TIME].to_numpy()[rows],
+            offsets=offsets.astype(np.int64),
+        )
+
+    def item_snapshot(self, as_of: float) -> pl.DataFrame:
+        """Every item's raw features as of a time: what the service's item table is made from."""
+        items = self._items()
+        name = self.schema.log.item_id
+        ids = items[name].unique(maintain_order=True)
+        time = np.full(len(ids), as_of)
+        rows = self.attribute_rows(items, name, ids, time)
+        snapshot = items.drop(TIME, strict=False)[np.maximum(rows, 0)].filter(pl.Series(rows >= 0))
+        time = np.full(len(snapshot), as_of)
+        for feature in self.schema.features:
+            if isinstance(feature, Numeric) and feature.scope == "item" and feature.statistic:
+                keys = snapshot[str(feature.statistic.attribute)]
+                values = self.item_statistic(feature.statistic, keys, time)
+                snapshot = snapshot.with_columns(pl.Series(feature.name, values).fill_nan(None))
+        return snapshot
+
+    def user_records(self, as_of: float, *, max_keys: int) -> Iterator[tuple[object, UserRecord]]:
+        """Every known user's record as of a time, with at most `max_keys` newest keys per match."""
+        known = self._known_users(as_of)
+        log = pl.DataFrame({USER: known, TIME: np.full(len(known), as_of)})
+        scalars = self._user_scalars(log)
+        matches = {f.name: self._match_entries(f, as_of, max_keys) for f in _matches(self.schema)}
+        histories = {
+            f.name: self.history(f, log) for f in self.schema.features if isinstance(f, History)
+        }
+        for i, user in enumerate(known.to_list()):
+            yield (
+                user,
+                UserRecord(
+                    updated_at=as_of,
+                    features={
+                        name: values[i] for name, values in scalars.items() if values[i] is not None
+                    },
+                    matches={n: by_user[user] for n, by_user in matches.items() if user in by_user},
+                    histories={
+                        name: _entries(ragged, i)
+                        for name, ragged in histories.items()
+                        if ragged.offsets[i] < ragged.offsets[i + 1]
+                    },
+                ),
+            )
+
+    def _known_users(self, as_of: float) -> pl.Series:
+        parts = []
+        if self.tables.events is not None:
+            before = self.tables.events.filter(
+                pl.col(TIME) < as_of - self.schema.availability_lag_s
+            )
+            parts.append(before[USER].unique())
+        if self.tables.users is not None:
+            users = self.tables.users[self.schema.log.user_id].alias(USER)
+            parts.append(users.cast(parts[0].dtype) if parts else users)
+        if not parts:
+            raise LogError("neither events nor user attributes are given: there is no record")
+        return pl.concat(parts).drop_nulls().unique().sort()
+
+    def _user_scalars(self, log: pl.DataFrame) -> dict[str, list[RawValue]]:
+        scalars: dict[str, list[RawValue]] = {}
+        users, time = self.tables.users, log[TIME].to_numpy()
+        if users is not None:
+            rows = self.attribute_rows(users, self.schema.log.user_id, _user_ids(log, self), time)
+        for feature in self.schema.features:
+            if feature.scope != "user" or isinstance(feature, History):
+                continue
+            statistic = getattr(feature, "statistic", None)
+            if statistic is not None:
+                values = pl.Series(self.user_statistic(statistic, log)).fill_nan(None)
+                scalars[feature.name] = values.to_list()
+            elif users is not None and feature.name in users.columns:
+                taken = users[feature.name].gather(np.maximum(rows, 0)).to_list()
+                scalars[feature.name] = [
+                    value if row >= 0 else None for value, row in zip(taken, rows, strict=True)
+                ]
+        return scalars
+
+    def _match_entries(
+        self, feature: Match, as_of: float, max_keys: int
+    ) -> dict[object, MatchEntries]:
+        cutoff = as_of - self.schema.availability_lag_s
+        running = self._running(feature.attribute, feature.events)
+        latest = running.filter(pl.col(TIME) < cutoff).group_by(USER, KEY).last()
+        if feature.max_age_days is not None:
+            latest = latest.filter(pl.col("_last") >= as_of - feature.max_age_days * 86400.0)
+        latest = latest.sort("_last", descending=True).group_by(USER).head(max_keys)
+        distinct = latest[KEY].unique()
+        hashes = pl.DataFrame({KEY: distinct, "_hash": hash_ids(canonical_ids(distinct.to_list()))})
+        latest = latest.join(hashes, on=KEY).sort(USER, "_hash")
+        return {
+            user: MatchEntries(
+                keys=part["_hash"].to_numpy(),
+                counts=part["_count"].cast(pl.UInt32).to_numpy(),
+                last_times=part["_last"].cast(pl.Int64).to_numpy(),
+            )
+            for (user,), part in latest.partition_by(USER, as_dict=True).items()
+        }
+
+    def _items(self) -> pl.DataFrame:
+        if self.tables.items is None:
+            raise LogError("no item attributes are given: there is no item snapshot")
+        return self.tables.items
+
+    def _events(self, names: tuple[str, ...]) -> pl.DataFrame:
+        if self.tables.events is None:
+            raise LogError("a feature is made from events, but no events are given")
+        events = self.tables.events
+        return events.filter(pl.col(EVENT).is_in(names)) if names else events
+
+    def _keyed(self, attribute: str, names: tuple[str, ...]) -> pl.DataFrame:
+        """Events with the value of an item attribute in KEY; those without one left out."""
+        events = self._events(names)
+        if attribute == self.schema.log.item_id:
+            keyed = events.with_columns(pl.col(ITEM).alias(KEY))
+        else:
+            items = self._items()
+            if attribute not in items.columns:
+                raise LogError(f"the item attributes have no column {attribute!r}")
+            rows = self.attribute_rows(
+                items, self.schema.log.item_id, _item_ids(events, self), events[TIME].to_numpy()
+            )
+            keys = items[attribute].gather(np.maximum(rows, 0))
+            keyed = events.with_columns(keys.alias(KEY)).filter(pl.Series(rows >= 0))
+        return keyed.filter(pl.col(KEY).is_not_null())
+
+    def _running(self, attribute: str, names: tuple[str, ...]) -> pl.DataFrame:
+        """Running count per user and key after each instant: USER, KEY, TIME, _count, _last."""
+        cached = self._totals.get((attribute, names))
+        if cached is None:
+            cached = (
+                self._keyed(attribute, names)
+                .group_by(USER, KEY, TIME)
+                .len()
+                .sort(TIME)
+                .with_columns(
+                    pl.col("len").cum_sum().over(USER, KEY).alias("_count"),
+                    pl.col(TIME).alias("_last"),
+                )
+                .select(USER, KEY, TIME, "_count", "_last")
+            )
+            self._totals[attribute, names] = cached
+        return cached
+
+    def _user_running(self, statistic: EventStatistic) -> pl.DataFrame:
+        events = self._events((statistic.event,))
+        value = pl.col(statistic.column) if statistic.column is not None else pl.lit(None)
+        return (
+            events.group_by(USER, TIME)
+            .agg(
+                pl.len().alias("_n"),
+                value.cast(pl.Float64).sum().alias("_sum"),
+                value.is_not_null().sum().alias("_given"),
+            )
+            .sort(TIME)
+            .with_columns(
+                pl.col("_n", "_sum", "_given").cum_sum().over(USER),
+                pl.col(TIME).alias("_last"),
+            )
+        )
+
+    def _user_value(self, statistic: EventStatistic, found: pl.DataFrame) -> Floats:
+        if statistic.aggregate == "count":
+            return _float(found["_n"].fill_null(0))
+        if statistic.aggregate == "last_time":
+            return _float(found["_last"])
+        return _float(found["_sum"] / found["_given"])
+
+    def _windows(self, statistic: EventStatistic) -> pl.DataFrame:
+        """Counts and sums per attribute value and period, over the periods before it."""
+        assert statistic.attribute is not None
+        assert statistic.whole_periods is not None
+        events = self._keyed(statistic.attribute, (statistic.event,))
+        seconds = self.schema.period_days * 86400.0
+        value = pl.col(statistic.column) if statistic.column is not None else pl.lit(1.0)
+        per_period = (
+            events.with_columns(
+                ((pl.col(TIME) - self.schema.period_start) / seconds)
+                .floor()
+                .cast(pl.Int64)
+                .alias("_period"),
+                value.alias("_value"),
+            )
+            .filter(pl.col("_value").is_not_null())
+            .group_by(KEY, "_period")
+            .agg(pl.len().alias("_count"), pl.col("_value").sum().alias("_sum"))
+        )
+        shifted = [
+            per_period.with_columns(pl.col("_period") + ahead)
+            for ahead in range(1, statistic.whole_periods + 1)
+        ]
+        # Sorted before summing: the order of floating-point additions must not depend on threads.
+        stacked = pl.concat(shifted).sort(KEY, "_period", "_count", "_sum")
+        return stacked.group_by(KEY, "_period", maintain_order=True).agg(
+            pl.col("_count", "_sum").sum()
+        )
+
+    def _last_before(self, running: pl.DataFrame, log: pl.DataFrame) -> pl.DataFrame:
+        """The running row strictly before each log row's time less the lag, in the log's order."""
+        by = [USER, KEY] if KEY in running.columns else [USER]
+        left = log.select(
+            pl.int_range(pl.len()).alias("_position"),
+            (pl.col(TIME) - self.schema.availability_lag_s).alias(TIME),
+            *by,
+        )
+        for name in by:
+            left, running = same_type(left, running, name)
+        joined = left.sort(TIME).join_asof(
+            running,
+            on=TIME,
+            by=by,
+            allow_exact_matches=False,
+            coalesce=True,
+            check_sortedness=False,
+        )
+        return joined.sort("_position")
+
+
+def _statistics(schema: Schema) -> Iterator[EventStatistic]:
+    for feature in schema.features:
+        if isinstance(feature, Numeric | Elapsed) and feature.statistic is not None:
+            yield feature.statistic
+
+
+def _matches(schema: Schema) -> list[Match]:
+    return [feature for feature in schema.features if isinstance(feature, Match)]
+
+
+def _attributes(path: Path | None, key: str, time: str) -> pl.DataFrame | None:
+    """Attributes by id, from a time on when the table has a time column."""
+    if path is None:
+        return None
+    frame = read_table(path)
+    _require(frame, (key,), path)
+    if time in frame.columns:
+        return frame.with_columns(pl.Series(TIME, unix_seconds(frame[time]))).drop(time)
+    if frame[key].is_duplicated().any():
+        raise LogError(f"{path}: a {key!r} is there twice, without a {time!r} column", path=path)
+    return frame
+
+
+def _require(frame: pl.DataFrame, names: "tuple[str, ...] | list[str]", path: Path) -> None:
+    for name in names:
+        if name not in frame.columns:
+            raise LogError(f"{path} has no column {name!r}", path=path)
+
+
+def _user_ids(log: pl.DataFrame, owner: AsOf) -> pl.Series:
+    return log[USER].alias(owner.schema.log.user_id)
+
+
+def _item_ids(events: pl.DataFrame, owner: AsOf) -> pl.Series:
+    return events[ITEM].alias(owner.schema.log.item_id)
+
+
+def _entries(ragged: Ragged, i: int) -> HistoryEntries:
+    start, stop = int(ragged.offsets[i]), int(ragged.offsets[i + 1])
+    values = ragged.values
+    assert isinstance(values, list)
+    return HistoryEntries(
+        ids=tuple(values[start:stop]), times=ragged.times[start:stop].astype(np.int64)
+    )
+
+
+def _float(series: pl.Series) -> Floats:
+    return series.cast(pl.Float64).fill_null(np.nan).to_numpy().copy()

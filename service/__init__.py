@@ -1,0 +1,1 @@
+"""Online scoring: a bundle and features in, calibrated probabilities out."""

@@ -1,0 +1,389 @@
+"""MicroBatcher against a real executor; a gate in the run function holds runners busy."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+
+import pytest
+
+from service.batcher import DropReason, MicroBatcher
+from service.errors import DeadlineExceeded, InferenceFailed, Overloaded, ShuttingDown
+
+pytestmark = pytest.mark.anyio
+
+FAR_S = 60.0
+LIMIT_S = 20.0
+
+
+class Observed:
+    def __init__(self) -> None:
+        self.batches: list[tuple[int, int]] = []
+        self.splits: list[int] = []
+        self.waits: list[float] = []
+        self.drops: list[DropReason] = []
+        self.queue_rows: list[int] = []
+
+    def batch_finished(self, *, rows: int, requests: int, run_seconds: float) -> None:
+        assert run_seconds >= 0
+        self.batches.append((rows, requests))
+
+    def batch_split(self, *, requests: int) -> None:
+        self.splits.append(requests)
+
+    def request_waited(self, *, seconds: float) -> None:
+        self.waits.append(seconds)
+
+    def request_dropped(self, *, reason: DropReason) -> None:
+        self.drops.append(reason)
+
+    def queue_changed(self, *, rows: int) -> None:
+        self.queue_rows.append(rows)
+
+
+class GatedModel:
+    """Answers an item (rows, name) with its name in capitals; while the gate is shut it waits."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.started = threading.Semaphore(0)
+        self.runs: list[list[str]] = []
+        self.poison: dict[str, BaseException] = {}
+
+    def __call__(self, items: list[tuple[int, str]]) -> list[str]:
+        self.runs.append([name for _, name in items])
+        self.started.release()
+        assert self.gate.wait(LIMIT_S)
+        for _, name in items:
+            if name in self.poison:
+                raise self.poison[name]
+        return [name.upper() for _, name in items]
+
+
+class Rig:
+    def __init__(self, batcher: MicroBatcher[tuple[int, str], str], model: GatedModel) -> None:
+        self.batcher = batcher
+        self.model = model
+        self.observed = Observed()
+
+    def send(self, name: str, *, rows: int = 1, timeout_s: float = FAR_S) -> "asyncio.Task[str]":
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        return asyncio.create_task(self.batcher.submit((rows, name), deadline))
+
+    async def hold_runner(self, name: str = "holder") -> "asyncio.Task[str]":
+        """Shuts the gate and returns once a runner stands in front of it."""
+        self.model.gate.clear()
+        task = self.send(name)
+        assert await asyncio.to_thread(self.model.started.acquire, timeout=LIMIT_S)
+        return task
+
+
+@asynccontextmanager
+async def rig(
+    *, max_batch_rows: int = 10, max_queue_rows: int = 100, num_runners: int = 1
+) -> AsyncIterator[Rig]:
+    model = GatedModel()
+    with ThreadPoolExecutor(num_runners) as executor:
+        batcher = MicroBatcher(
+            model,
+            size=lambda item: item[0],
+            executor=executor,
+            observer=(observed := Observed()),
+            max_batch_rows=max_batch_rows,
+            max_queue_rows=max_queue_rows,
+            num_runners=num_runners,
+        )
+        made = Rig(batcher, model)
+        made.observed = observed
+        try:
+            yield made
+        finally:
+            model.gate.set()
+            await batcher.close(LIMIT_S)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def quiet_loop(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """The loop reports lost exceptions to its log only: none may be there."""
+    yield
+    assert [r.getMessage() for r in caplog.records if r.name == "asyncio"] == []
+
+
+async def settle(*tasks: "asyncio.Task[str]") -> list[object]:
+    async with asyncio.timeout(LIMIT_S):
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def until(is_true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(LIMIT_S):
+        while not is_true():
+            await asyncio.sleep(0.001)
+
+
+async def test_one_item_gets_its_result() -> None:
+    async with rig() as r:
+        assert await settle(r.send("a")) == ["A"]
+        assert r.observed.batches == [(1, 1)]
+        assert r.observed.drops == []
+
+
+async def test_items_of_the_same_loop_turn_share_a_batch() -> None:
+    async with rig() as r:
+        assert await settle(r.send("a"), r.send("b"), r.send("c")) == ["A", "B", "C"]
+        assert r.model.runs == [["a", "b", "c"]]
+
+
+async def test_free_runner_takes_all_that_waits_in_order() -> None:
+    async with rig() as r:
+        holder = await r.hold_runner()
+        tasks = [r.send(name) for name in "abc"]
+        await until(lambda: r.batcher.queued_rows == 3)
+        r.model.gate.set()
+        assert await settle(holder, *tasks) == ["HOLDER", "A", "B", "C"]
+        assert r.model.runs == [["holder"], ["a", "b", "c"]]
+        assert len(r.observed.waits) == 4
+
+
+async def test_batch_is_capped_in_rows_and_stays_first_in_first_out() -> None:
+    async with rig(max_batch_rows=10) as r:
+        holder = await r.hold_runner()
+        tasks = [r.send("a", rows=6), r.send("b", rows=5), r.send("c", rows=1), r.send("d", rows=9)]
+        await until(lambda: r.batcher.queued_rows == 21)
+        r.model.gate.set()
+        await settle(holder, *tasks)
+        assert r.model.runs == [["holder"], ["a"], ["b", "c"], ["d"]]
+        assert r.observed.batches == [(1, 1), (6, 1), (6, 2), (9, 1)]
+
+
+async def test_item_larger_than_a_batch_runs_alone() -> None:
+    async with rig(max_batch_rows=10) as r:
+        holder = await r.hold_runner()
+        tasks = [r.send("a"), r.send("big", rows=50), r.send("b")]
+        await until(lambda: r.batcher.queued_rows == 52)
+        r.model.gate.set()
+        assert await settle(holder, *tasks) == ["HOLDER", "A", "BIG", "B"]
+        assert r.model.runs == [["holder"], ["a"], ["big"], ["b"]]
+
+
+async def test_two_runners_run_at_the_same_time() -> None:
+    async with rig(num_runners=2) as r:
+        first = await r.hold_runner("a")
+        second = await r.hold_runner("b")
+        assert r.model.runs == [["a"], ["b"]]
+        r.model.gate.set()
+        assert await settle(first, second) == ["A", "B"]
+
+
+async def test_full_queue_refuses_at_once_and_has_room_again_later() -> None:
+    async with rig(max_queue_rows=5) as r:
+        holder = await r.hold_runner()
+        waiting = r.send("a", rows=4)
+        await until(lambda: r.batcher.queued_rows == 4)
+        with pytest.raises(Overloaded, match="4 of 5 rows") as caught:
+            await r.batcher.submit((2, "b"), asyncio.get_running_loop().time() + FAR_S)
+        assert caught.value.retry_after_s >= 0
+        fits = r.send("c", rows=1)
+        r.model.gate.set()
+        assert await settle(holder, waiting, fits) == ["HOLDER", "A", "C"]
+        assert await settle(r.send("d", rows=5)) == ["D"]
+        assert r.observed.drops == ["overloaded"]
+
+
+async def test_deadline_in_the_past_is_refused_without_running() -> None:
+    async with rig() as r:
+        with pytest.raises(DeadlineExceeded):
+            await r.batcher.submit((1, "late"), asyncio.get_running_loop().time())
+        assert r.model.runs == []
+        assert r.observed.drops == ["expired"]
+
+
+async def test_queued_item_that_expires_is_dropped_and_never_runs() -> None:
+    async with rig() as r:
+        holder = await r.hold_runner()
+        late, in_time = r.send("late", timeout_s=0.02), r.send("b")
+        assert isinstance((await settle(late))[0], DeadlineExceeded)
+        assert r.batcher.queued_rows == 1
+        r.model.gate.set()
+        assert await settle(holder, in_time) == ["HOLDER", "B"]
+        assert r.model.runs == [["holder"], ["b"]]
+        assert r.observed.drops == ["expired"]
+
+
+async def test_running_item_gets_its_deadline_while_the_runner_is_still_busy() -> None:
+    async with rig() as r:
+        r.model.gate.clear()
+        late, mate = r.send("late", timeout_s=0.02), r.send("mate")
+        assert isinstance((await settle(late))[0], DeadlineExceeded)
+        assert not r.model.gate.is_set()
+        r.model.gate.set()
+        assert await settle(mate) == ["MATE"]
+        assert r.observed.drops == []
+
+
+async def test_cancelled_queued_item_is_dropped_and_its_mates_are_not() -> None:
+    async with rig() as r:
+        holder = await r.hold_runner()
+        gone, mate = r.send("gone"), r.send("mate")
+        await until(lambda: r.batcher.queued_rows == 2)
+        gone.cancel()
+        await until(lambda: r.batcher.queued_rows == 1)
+        r.model.gate.set()
+        assert await settle(holder, mate) == ["HOLDER", "MATE"]
+        assert r.model.runs == [["holder"], ["mate"]]
+        assert r.observed.drops == ["cancelled"]
+
+
+async def test_item_cancelled_in_the_turn_it_would_run_does_not_run() -> None:
+    async with rig() as r:
+        gone, mate = r.send("gone"), r.send("mate")
+        await asyncio.sleep(0)  # Both are queued, and the dispatch is due in the next turn.
+        gone.cancel()
+        assert await settle(mate) == ["MATE"]
+        assert r.model.runs == [["mate"]]
+        assert r.observed.drops == ["cancelled"]
+
+
+async def test_cancelled_caller_does_not_hang_batch() -> None:
+    async with rig() as r:
+        r.model.gate.clear()
+        gone, mate = r.send("gone"), r.send("mate")
+        assert await asyncio.to_thread(r.model.started.acquire, timeout=LIMIT_S)
+        gone.cancel()
+        r.model.gate.set()
+        results = await settle(gone, mate)
+        assert isinstance(results[0], asyncio.CancelledError)
+        assert results[1] == "MATE"
+        assert r.model.runs == [["gone", "mate"]]
+
+
+async def test_all_callers_cancelled_leaves_a_batcher_that_works() -> None:
+    async with rig() as r:
+        holder = await r.hold_runner()
+        tasks = [r.send(name) for name in "abc"]
+        await until(lambda: r.batcher.queued_rows == 3)
+        for task in (holder, *tasks):
+            task.cancel()
+        await settle(holder, *tasks)
+        r.model.gate.set()
+        assert await settle(r.send("next")) == ["NEXT"]
+        assert r.observed.queue_rows[-1] == 0
+
+
+@pytest.mark.parametrize("error", [ValueError("bad id"), StopIteration(), MemoryError()])
+async def test_only_the_guilty_item_of_a_batch_fails(error: BaseException) -> None:
+    async with rig() as r:
+        r.model.poison["guilty"] = error
+        results = await settle(r.send("a"), r.send("guilty"), r.send("b"))
+        assert results[0] == "A"
+        assert isinstance(results[1], InferenceFailed)
+        assert results[1].__cause__ is error
+        assert results[2] == "B"
+        assert r.model.runs == [["a", "guilty", "b"], ["a"], ["guilty"], ["b"]]
+        assert r.observed.splits == [3]
+
+
+async def test_single_failed_item_is_not_run_again() -> None:
+    async with rig() as r:
+        r.model.poison["guilty"] = ValueError("bad id")
+        assert isinstance((await settle(r.send("guilty")))[0], InferenceFailed)
+        assert r.model.runs == [["guilty"]]
+        assert r.observed.splits == []
+
+
+async def test_wrong_number_of_results_fails_instead_of_mixing_answers() -> None:
+    with ThreadPoolExecutor(1) as executor:
+        batcher: MicroBatcher[int, int] = MicroBatcher(
+            lambda items: items[1:],
+            size=lambda item: 1,
+            executor=executor,
+            observer=Observed(),
+            max_batch_rows=10,
+            max_queue_rows=10,
+        )
+        deadline = asyncio.get_running_loop().time() + FAR_S
+        tasks = [asyncio.create_task(batcher.submit(i, deadline)) for i in range(3)]
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(result) for result in results] == [InferenceFailed] * 3
+        await batcher.close(LIMIT_S)
+
+
+async def test_executor_that_is_gone_fails_callers_instead_of_hanging(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    executor = ThreadPoolExecutor(1)
+    executor.shutdown()
+    batcher: MicroBatcher[int, int] = MicroBatcher(
+        lambda items: items,
+        size=lambda item: 1,
+        executor=executor,
+        observer=Observed(),
+        max_batch_rows=10,
+        max_queue_rows=10,
+    )
+    with pytest.raises(InferenceFailed):
+        await batcher.submit(1, asyncio.get_running_loop().time() + FAR_S)
+    assert "could not be run" in caplog.text
+    await batcher.close(LIMIT_S)
+
+
+async def test_size_below_one_is_a_misuse() -> None:
+    async with rig() as r:
+        with pytest.raises(ValueError, match="got 0 rows"):
+            await r.batcher.submit((0, "empty"), asyncio.get_running_loop().time() + FAR_S)
+
+
+async def test_close_finishes_what_waits_and_refuses_what_comes() -> None:
+    async with rig() as r:
+        holder = await r.hold_runner()
+        waiting = r.send("a")
+        await until(lambda: r.batcher.queued_rows == 1)
+        closing = asyncio.create_task(r.batcher.close(LIMIT_S))
+        await asyncio.sleep(0)
+        with pytest.raises(ShuttingDown):
+            await r.batcher.submit((1, "b"), asyncio.get_running_loop().time() + FAR_S)
+        r.model.gate.set()
+        assert await settle(holder, waiting) == ["HOLDER", "A"]
+        await closing
+        assert r.observed.drops == ["shutting_down"]
+
+
+@pytest.mark.parametrize("drain_timeout_s", [0.0, 0.02])
+async def test_close_fails_the_rest_at_its_limit(drain_timeout_s: float) -> None:
+    async with rig() as r:
+        holder = await r.hold_runner()
+        waiting = r.send("a")
+        await until(lambda: r.batcher.queued_rows == 1)
+        await r.batcher.close(drain_timeout_s)
+        results = await settle(holder, waiting)
+        assert [type(result) for result in results] == [ShuttingDown, ShuttingDown]
+        assert r.batcher.queued_rows == 0
+        assert r.model.runs == [["holder"]]
+
+
+async def test_close_before_the_first_dispatch_still_runs_what_was_submitted() -> None:
+    async with rig() as r:
+        task = r.send("a")
+        await asyncio.sleep(0)
+        await r.batcher.close(LIMIT_S)
+        assert await settle(task) == ["A"]
+
+
+async def test_close_of_an_unused_batcher_and_twice() -> None:
+    async with rig() as r:
+        await r.batcher.close(LIMIT_S)
+        await r.batcher.close(0)
+
+
+async def test_many_rounds_lose_no_wake_up() -> None:
+    async with rig(max_batch_rows=3, num_runners=2) as r:
+        for start in range(0, 400, 8):
+            names = [f"n{i}" for i in range(start, start + 8)]
+            assert await settle(*(r.send(name) for name in names)) == [n.upper() for n in names]
+        assert sum(requests for _, requests in r.observed.batches) == 400
