@@ -15,6 +15,8 @@ from model.contract.spec import Categorical, FittedSchema, Moments, Schema
 Floats = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
 
+MIN_DEVIATION = 0.03
+
 
 def fit_schema(
     schema: Schema,
@@ -83,33 +85,43 @@ def _numeric_moments(
     *,
     rows: Rows | None = None,
 ) -> dict[str, Moments]:
-    moments = {}
+    moments: dict[str, Moments] = {}
     for name in layout.numerics:
         given, values = encoder.transform_numerics(
             layout, {name: columns[name]} if name in columns else {}, time=time
         )
         if given:
             column = values[:, 0] if rows is None else values[rows, 0]
-            moments[name] = _moments(column)
+            moments |= _column_moments(column, value=name, flag=f"{name}_missing")
     return moments
 
 
 def _match_moments(encoder: Encoder, columns: Columns, time: Floats) -> dict[str, Moments]:
     layout = encoder.candidate_layout
-    moments = {}
+    moments: dict[str, Moments] = {}
     for name in layout.matches:
         if f"{name}_count" not in columns:
             continue
         raw = [np.asarray(columns[f"{name}_{part}"]) for part in ("count", "last_time")]
         values = encoder.transform_matches([name], raw[0][:, None], raw[1][:, None], time=time)
-        moments[f"{name}_count"] = _moments(values[:, 0])
-        moments[f"{name}_days"] = _moments(values[:, 1])
+        for j, part in enumerate(("count", "days")):
+            moments |= _column_moments(values[:, j], value=f"{name}_{part}", flag=f"{name}_missing")
     return moments
 
 
-def _moments(values: Floats) -> Moments:
-    present = values[~np.isnan(values)]
-    if not len(present):
-        return Moments(mean=0.0, std=1.0)
-    std = float(present.std())
-    return Moments(mean=float(present.mean()), std=std if std > 1e-6 else 1.0)
+def _column_moments(values: Floats, *, value: str, flag: str) -> dict[str, Moments]:
+    """Moments of a column and of its missing flag; see `Moments`."""
+    missing = np.isnan(values)
+    share = float(missing.mean())
+    present = values[~missing]
+    mean = float(present.mean()) if len(present) else 0.0
+    deviation = float(np.sqrt(np.where(missing, 0.0, values - mean).var()))
+    return {
+        value: Moments(mean=mean, std=_scale(deviation)),
+        flag: Moments(mean=share, std=_scale(float(np.sqrt(share * (1.0 - share))))),
+    }
+
+
+def _scale(deviation: float) -> float:
+    # The floor keeps a nearly constant column from being blown up; a constant one is left as it is.
+    return max(deviation, MIN_DEVIATION) if deviation > 1e-9 else 1.0

@@ -86,7 +86,7 @@ class BlockLayout:
 
     @property
     def value_columns(self) -> tuple[str, ...]:
-        """Names of the dense columns that are standardised, by which `moments` are kept."""
+        """Names of the dense columns that hold values; missing flags follow them."""
         return (
             *self.numerics,
             *(f"{name}_count" for name in self.matches),
@@ -95,7 +95,7 @@ class BlockLayout:
 
     @property
     def dense_columns(self) -> tuple[str, ...]:
-        """Names of all dense columns."""
+        """Names of all dense columns, by which `moments` are kept."""
         return (
             *self.value_columns,
             *(f"{name}_missing" for name in (*self.numerics, *self.matches)),

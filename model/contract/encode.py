@@ -145,9 +145,10 @@ class Encoder:
         values = self.transform_matches(layout.matches, counts, last_times, time=time)
         mean, std = self._candidate_moments
         columns = slice(first, first + 2 * width)
+        flags = slice(len(mean) - width, len(mean))
         missing = np.isnan(values[:, :width])
         block.dense[:, columns] = np.nan_to_num((values - mean[columns]) / std[columns], nan=0.0)
-        block.dense[:, block.dense.shape[1] - width :] = missing
+        block.dense[:, flags] = (missing - mean[flags]) / std[flags]
 
     def transform_matches(
         self, names: Sequence[str], counts: Floats, last_times: Floats, *, time: Floats
@@ -244,7 +245,7 @@ class Encoder:
             missing = np.isnan(values)
             dense[:, given] = np.where(missing, 0.0, (values - mean[given]) / std[given])
             flags = [len(layout.value_columns) + j for j in given]
-            dense[:, flags] = missing
+            dense[:, flags] = (missing - mean[flags]) / std[flags]
 
     def _column(self, name: str, columns: Columns) -> Column | Ragged | None:
         # A fixed feature keeps the value that the default row was made with.
@@ -268,7 +269,10 @@ class Encoder:
         self, feature: History, column: Column | Ragged, columns: Columns, time: Floats
     ) -> Ids:
         ragged = as_ragged(feature.name, column, columns.get(f"{feature.name}_time"))
-        codes = self.encode_ids(feature.of, ragged.values)
+        try:
+            codes = self.encode_ids(feature.of, ragged.values)
+        except EncodeError as exc:
+            raise EncodeError(feature.name, exc.reason, row=exc.row) from exc
         row = np.repeat(np.arange(len(time)), np.diff(ragged.offsets))
         keep = ragged.times <= time[row]
         row, codes = row[keep], codes[keep]
@@ -282,8 +286,10 @@ class Encoder:
 
     def _default_row(self, layout: BlockLayout) -> tuple[Ids, Dense]:
         ids = np.full((1, len(layout.ids)), MISSING_CODE, np.int64)
+        mean, std = moments = _moments(self.fitted, layout)
         dense = np.zeros((1, len(layout.dense_columns)), np.float32)
-        dense[:, len(layout.value_columns) :] = 1.0
+        flags = slice(len(layout.value_columns), None)
+        dense[:, flags] = (1.0 - mean[flags]) / std[flags]
         columns: dict[str, Column] = {}
         for name in (*layout.ids, *layout.numerics):
             value = getattr(self._features[name], "default", None)
@@ -292,7 +298,6 @@ class Encoder:
             if value is not None:
                 columns[name] = [value]
         fixed, self._fixed = self._fixed, set()
-        moments = _moments(self.fitted, layout)
         self._write(layout, moments, ids, dense, columns, None)
         self._fixed = fixed
         return ids, dense
@@ -363,7 +368,7 @@ def _time_part(part: str, local: Floats) -> Ids:
 
 
 def _moments(fitted: FittedSchema, layout: BlockLayout) -> tuple[Floats, Floats]:
-    found = [fitted.moments.get(name) for name in layout.value_columns]
+    found = [fitted.moments.get(name) for name in layout.dense_columns]
     mean = np.array([0.0 if m is None else m.mean for m in found], np.float64)
     std = np.array([1.0 if m is None else m.std for m in found], np.float64)
     return mean, std

@@ -67,3 +67,25 @@ class LogError(ContractError):
         super().__init__(message, where=None if path is None else str(path))
         self.path = path
         self.row_number = row_number
+
+
+class TrainError(ContractError):
+    """Training cannot go on: a loss that is not finite, a checkpoint of another run."""
+
+
+class ParityError(ContractError):
+    """The exported graph does not score as the network does.
+
+    Attributes:
+        max_abs_diff: largest absolute difference of a probability.
+        tolerance: what was allowed.
+    """
+
+    def __init__(self, message: str, *, max_abs_diff: float, tolerance: float) -> None:
+        super().__init__(message, where="model.onnx")
+        self.max_abs_diff = max_abs_diff
+        self.tolerance = tolerance
+
+
+class GateError(ContractError):
+    """A model is outside the limits its configuration sets for a bundle."""

@@ -342,7 +342,12 @@ class Schema(_Frozen):
 
 
 class Moments(_Frozen):
-    """Mean and standard deviation of a dense column after clipping and log1p, over training rows."""
+    """What one dense column is shifted and scaled by: encoded = (value - mean) / std, missing = 0.
+
+    The mean is over present values, the deviation over all training rows: a column that is nearly
+    always missing then speaks loudly where it is not. Values are after clipping and log1p; missing
+    flags are columns of their own, 0 or 1.
+    """
 
     mean: float
     std: float = Field(gt=0)

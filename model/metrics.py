@@ -1,0 +1,136 @@
+"""Metrics of probabilities: AUC, log-loss, NE, PCOC, ECE; the space each is over stands in its name."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.metrics import roc_auc_score
+
+from model.contract.spec import Schema
+from model.logs import Labels
+
+Floats = npt.NDArray[np.float64]
+NUM_ECE_BINS = 20
+NUM_BOOTSTRAPS = 1000
+
+Probabilities = Mapping[str, npt.NDArray[np.float32]]
+
+
+def auc(predicted: Floats, label: Floats, weight: Floats) -> float:
+    """Area under the ROC curve, ties half; NaN when one class is absent."""
+    if label.min(initial=1.0) == label.max(initial=0.0):
+        return float("nan")
+    return float(roc_auc_score(label, predicted, sample_weight=weight))
+
+
+def log_loss(predicted: Floats, label: Floats, weight: Floats) -> float:
+    """Mean negative log likelihood, natural log."""
+    tiny = np.finfo(np.float64).tiny
+    losses = -(
+        label * np.log(np.maximum(predicted, tiny))
+        + (1.0 - label) * np.log(np.maximum(1.0 - predicted, tiny))
+    )
+    return float(np.average(losses, weights=weight))
+
+
+def ne(predicted: Floats, label: Floats, weight: Floats) -> float:
+    """Log-loss over that of the base rate of the same rows: below 1 is better than the rate."""
+    rate = np.average(label, weights=weight)
+    if rate in (0.0, 1.0):
+        return float("nan")
+    return log_loss(predicted, label, weight) / log_loss(np.full(len(label), rate), label, weight)
+
+
+def pcoc(predicted: Floats, label: Floats, weight: Floats) -> float:
+    """Sum predicted over sum observed: 1 is calibrated; NaN when nothing was observed."""
+    observed = float(label @ weight)
+    return float(predicted @ weight) / observed if observed else float("nan")
+
+
+def pcoc_interval(
+    predicted: Floats, label: Floats, weight: Floats, *, user: npt.NDArray[np.int64]
+) -> tuple[float, float]:
+    """95 % bootstrap interval of PCOC, users drawn with replacement: rows of a user are not independent."""
+    users, index = np.unique(user, return_inverse=True)
+    sums = np.stack(
+        [np.bincount(index, values * weight, len(users)) for values in (predicted, label)]
+    )
+    rng = np.random.default_rng(0)
+    ratios = []
+    for _ in range(NUM_BOOTSTRAPS):
+        drawn = np.bincount(rng.integers(len(users), size=len(users)), minlength=len(users))
+        total, observed = sums @ drawn
+        ratios.append(total / observed if observed else np.nan)
+    low, high = np.nanquantile(ratios, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def ece(predicted: Floats, label: Floats, weight: Floats) -> float:
+    """Mean |predicted - observed| over bins of equal row counts."""
+    order = np.argsort(predicted, kind="stable")
+    total = 0.0
+    for part in np.array_split(order, NUM_ECE_BINS):
+        gap = (predicted[part] - label[part]) @ weight[part]
+        total += abs(float(gap))
+    return total / float(weight.sum())
+
+
+def space_names(schema: Schema) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the spaces: of each cumulative step, and of each conditional from the second on."""
+    names = [step.name for step in schema.steps]
+    if names == ["click", "conversion"]:
+        return ("ctr", "ctcvr"), ("cvr_clicked",)
+    conditional = tuple(f"{b}_given_{a}" for a, b in zip(names[:-1], names[1:], strict=True))
+    return tuple(f"p_{name}" for name in names), conditional
+
+
+def chain_metrics(
+    conditional: npt.NDArray[np.float32],
+    labels: Labels,
+    *,
+    schema: Schema,
+    user: npt.NDArray[np.int64] | None = None,
+) -> dict[str, float | list[float]]:
+    """Every metric of every step.
+
+    Args:
+        conditional: [N, T] conditional step probabilities.
+        labels: of the same rows; rows whose label is not known are left out of the step.
+        schema: names the steps.
+        user: [N], for bootstrap intervals of PCOC; None leaves them out.
+    """
+    wide = conditional.astype(np.float64)
+    cumulative = np.cumprod(wide, axis=1)
+    values = labels.values.astype(np.float64)
+    weight = labels.weight.astype(np.float64)
+    cumulative_names, conditional_names = space_names(schema)
+    result: dict[str, float | list[float]] = {}
+    for t, name in enumerate(cumulative_names):
+        rows = labels.known[:, t]
+        result |= _metrics(name, cumulative[rows, t], values[rows, t], weight[rows], user, rows)
+    for t, name in enumerate(conditional_names, start=1):
+        rows = labels.known[:, t] & (labels.values[:, t - 1] == 1)
+        result |= _metrics(name, wide[rows, t], values[rows, t], weight[rows], None, rows)
+    return result
+
+
+def _metrics(
+    name: str,
+    predicted: Floats,
+    label: Floats,
+    weight: Floats,
+    user: npt.NDArray[np.int64] | None,
+    rows: npt.NDArray[np.bool_],
+) -> dict[str, float | list[float]]:
+    result: dict[str, float | list[float]] = {
+        f"rows_{name}": float(len(label)),
+        f"positives_{name}": float(label.sum()),
+    }
+    if not len(label):
+        return result
+    for function in (auc, log_loss, ne, pcoc, ece):
+        result[f"{function.__name__}_{name}"] = function(predicted, label, weight)
+    if user is not None:
+        interval = pcoc_interval(predicted, label, weight, user=user[rows])
+        result[f"pcoc_interval_{name}"] = list(interval)
+    return result

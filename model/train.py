@@ -1,0 +1,327 @@
+"""Training: encoded splits to the weights that score best on validation; resumable to the bit.
+
+Nothing random is remembered between steps: each step's dropout and dropped records come from (seed, step), each
+epoch's order from (seed, epoch). A resumed run therefore ends with the weights of an uninterrupted one.
+"""
+
+import copy
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from model.config import OptimizerConfig, TrainConfig
+from model.contract.blocks import Blocks
+from model.contract.encode import Encoder, StoreColumns
+from model.contract.errors import SpecError, TrainError
+from model.contract.spec import FIRST_CODE, UNKNOWN_CODE, Categorical
+from model.dataset import EncodedData, EncodedSplit
+from model.metrics import chain_metrics, space_names
+from model.nets import build_net
+from model.nets.layers import Net, NetInput, NetSpec
+from model.objectives import OBJECTIVES
+
+CHECKPOINT = "checkpoint.pt"
+PREDICT_ROWS = 16384
+
+Metrics = dict[str, float | list[float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Called as training goes: rows done of all in this epoch, and the running loss."""
+
+    on_rows: Callable[[int, int, int, float], None]  # epoch, rows done, rows of the epoch, loss
+    on_evaluation: Callable[[int, Metrics], None]  # step, validation metrics
+
+
+@dataclass(kw_only=True)
+class RunState:
+    """Where a run is; saved with the weights.
+
+    Attributes:
+        step: optimiser steps done.
+        best: lowest validation loss so far, at `best_step`.
+        stale: evaluations since.
+        evaluations: (step, validation metrics).
+        seconds: training time, without evaluations.
+    """
+
+    step: int = 0
+    best: float = float("inf")
+    best_step: int = 0
+    stale: int = 0
+    seconds: float = 0.0
+    evaluations: list[dict[str, Any]] = field(default_factory=list)  # Any: JSON metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """The network with its best weights, in evaluation mode, and how it came about."""
+
+    net: Net
+    state: RunState
+    rows_per_second: float
+
+
+def make_net(config: TrainConfig, data: EncodedData) -> Net:
+    """The configured network, freshly initialised from the seed, heads at the base rates.
+
+    Raises:
+        SpecError: the architecture or an option is unknown.
+    """
+    torch.manual_seed(config.optimizer.seed)
+    encoder = Encoder(data.fitted)
+    net = build_net(config.net.architecture, spec=NetSpec.of(encoder), options=config.net.options)
+    net.set_base_rates(_base_rates(data.splits["train"]))
+    return net
+
+
+def train(
+    config: TrainConfig, data: EncodedData, *, run_dir: Path, progress: Progress
+) -> TrainResult:
+    """Trains to the end, from the run directory's checkpoint if there is one.
+
+    Raises:
+        SpecError: the configuration names what does not exist.
+        TrainError: the loss is not finite, or the checkpoint is of another configuration.
+    """
+    if config.objective.name not in OBJECTIVES:
+        known = ", ".join(OBJECTIVES)
+        raise SpecError(f"no objective {config.objective.name!r}; there are {known}")
+    torch.set_num_threads(config.optimizer.num_threads or os.cpu_count() or 1)
+    run = _Run(config, data, run_dir=run_dir, progress=progress)
+    run.resume()
+    run.fit()
+    run.net.load_state_dict(run.best_weights)
+    run.net.eval()
+    rows = run.state.step * config.optimizer.batch_rows
+    return TrainResult(
+        net=run.net, state=run.state, rows_per_second=rows / max(run.state.seconds, 1e-9)
+    )
+
+
+def predict(net: Net, split: EncodedSplit, *, without_records: StoreColumns | None = None) -> Any:
+    """Step logits of a whole split, float32 [N, T], in evaluation mode.
+
+    Args:
+        net: left in evaluation mode.
+        split: what to score.
+        without_records: score as if every user record were missing.
+    """
+    net.eval()
+    parts = []
+    with torch.inference_mode():
+        for start in range(0, len(split), PREDICT_ROWS):
+            blocks = split.blocks(slice(start, start + PREDICT_ROWS))
+            if without_records is not None:
+                drop_records(blocks, np.ones(len(blocks.request), np.bool_), without_records)
+            parts.append(net(NetInput.of(blocks)).logits.float().numpy())
+    return np.concatenate(parts)
+
+
+def conditional_probabilities(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Sigmoid of uncalibrated step logits."""
+    return torch.sigmoid(torch.from_numpy(logits)).numpy()
+
+
+def drop_records(blocks: Blocks, requests: npt.NDArray[np.bool_], stored: StoreColumns) -> None:
+    """Overwrites, in place, the stored columns of the given requests with those of no record."""
+    rows = np.flatnonzero(requests)
+    request = blocks.request
+    request.ids[np.ix_(rows, stored.request_ids)] = stored.request_id_values
+    request.dense[np.ix_(rows, stored.request_dense)] = stored.request_dense_values
+    request.history[np.ix_(rows, stored.request_history)] = 0
+    candidates = np.flatnonzero(requests[blocks.request_of])
+    blocks.candidate.dense[np.ix_(candidates, stored.candidate_dense)] = (
+        stored.candidate_dense_values
+    )
+
+
+class _Run:
+    """One run in progress: the network, its optimiser, its place in the data."""
+
+    def __init__(
+        self, config: TrainConfig, data: EncodedData, *, run_dir: Path, progress: Progress
+    ) -> None:
+        self.config = config
+        self.data = data
+        self.run_dir = run_dir
+        self.progress = progress
+        self.state = RunState()
+        self.net = make_net(config, data)
+        self.best_weights = copy.deepcopy(self.net.state_dict())
+        self.optimizer = _make_optimizer(self.net, config.optimizer)
+        encoder = Encoder(data.fitted)
+        self._stored = encoder.store_columns()
+        self._vocabulary_columns = np.array(
+            [
+                j
+                for j, name in enumerate(encoder.candidate_layout.ids)
+                if isinstance(encoder.schema.feature(name), Categorical)
+            ],
+            np.int64,
+        )
+        self._train = data.splits["train"]
+        self._step_weights = config.objective.step_weights or (1.0,) * len(encoder.schema.steps)
+        if len(self._step_weights) != len(encoder.schema.steps):
+            raise SpecError("objective.step_weights does not have one weight per step")
+        self._objective = OBJECTIVES[config.objective.name]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self._train) // self.config.optimizer.batch_rows)
+
+    def fit(self) -> None:
+        """Steps until patience or epochs run out; evaluates and saves on the way."""
+        options = self.config.optimizer
+        last_step = self.steps_per_epoch * options.max_epochs
+        every = max(1, -(-self.steps_per_epoch // options.evaluations_per_epoch))
+        order, epoch_of_order = np.empty(0, np.int64), -1
+        running = 0.0
+        while self.state.step < last_step and self.state.stale < options.patience:
+            started = time.perf_counter()
+            epoch, place = divmod(self.state.step, self.steps_per_epoch)
+            if epoch != epoch_of_order:
+                rng = np.random.default_rng([options.seed, epoch])
+                order, epoch_of_order = rng.permutation(len(self._train)), epoch
+            rows = order[place * options.batch_rows : (place + 1) * options.batch_rows]
+            loss = self._step(rows, last_step)
+            running = loss if not running else 0.98 * running + 0.02 * loss
+            self.state.step += 1
+            self.state.seconds += time.perf_counter() - started
+            done = min((place + 1) * options.batch_rows, len(self._train))
+            self.progress.on_rows(epoch, done, len(self._train), running)
+            in_epoch = place + 1
+            if in_epoch % every == 0 or in_epoch == self.steps_per_epoch:
+                self._evaluate()
+                self.save()
+
+    def resume(self) -> None:
+        """Takes up the checkpoint of the run directory, if there is one.
+
+        Raises:
+            TrainError: it is of another configuration or damaged.
+        """
+        path = self.run_dir / CHECKPOINT
+        if not path.exists():
+            return
+        try:
+            saved = torch.load(path, weights_only=True)
+        except Exception as exc:  # noqa: BLE001 - torch raises many kinds for a damaged file
+            raise TrainError(f"{path} is damaged: {exc}", where=str(path)) from exc
+        if saved["config"] != self._fingerprint():
+            raise TrainError(
+                f"{path} is of a run with another configuration or other data; choose another run "
+                "directory or delete it",
+                where=str(path),
+            )
+        self.net.load_state_dict(saved["weights"])
+        self.best_weights = saved["best_weights"]
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.state = RunState(**saved["state"])
+
+    def save(self) -> None:
+        """Writes the checkpoint, whole or not at all."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        temporary = self.run_dir / f".{CHECKPOINT}"
+        torch.save(
+            {
+                "config": self._fingerprint(),
+                "weights": self.net.state_dict(),
+                "best_weights": self.best_weights,
+                "optimizer": self.optimizer.state_dict(),
+                "state": asdict(self.state),
+            },
+            temporary,
+        )
+        temporary.replace(self.run_dir / CHECKPOINT)
+
+    def _fingerprint(self) -> str:
+        sections = self.config.model_dump_json(exclude={"data", "calibration"})
+        return f"{sections} {self.data.fitted.schema_.sha256} {len(self._train)}"
+
+    def _step(self, rows: npt.NDArray[np.int64], last_step: int) -> float:
+        options, step = self.config.optimizer, self.state.step
+        torch.manual_seed(options.seed * 1_000_003 + step)
+        self.net.train()
+        blocks = self._train.blocks(rows)
+        self._corrupt(blocks, np.random.default_rng([options.seed, step, 1]))
+        labels = self._train.labels.take(rows)
+        row_weight = torch.from_numpy(labels.known * labels.weight[:, None])
+        output = self.net(NetInput.of(blocks))
+        loss: Tensor = self._objective(
+            output.logits,
+            torch.from_numpy(labels.values).float(),
+            row_weight=row_weight,
+            step_weights=self._step_weights,
+        )
+        value = float(loss.detach())
+        if not np.isfinite(value):
+            raise TrainError(f"the loss is {value} at step {step}")
+        share = 1.0 - (1.0 - options.final_learning_rate_share) * step / last_step
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.learning_rate * share
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's own method is untyped
+        self.optimizer.step()
+        return value
+
+    def _corrupt(self, blocks: Blocks, rng: np.random.Generator) -> None:
+        """Trains for degraded answers: some requests lose their record, some ids are unknown."""
+        options = self.config.optimizer
+        lost = rng.random(len(blocks.request)) < options.drop_record_share
+        drop_records(blocks, lost, self._stored)
+        ids = blocks.candidate.ids
+        unknown = rng.random((len(ids), len(self._vocabulary_columns))) < options.drop_id_share
+        known = ids[:, self._vocabulary_columns] >= FIRST_CODE
+        ids[:, self._vocabulary_columns] = np.where(
+            unknown & known, UNKNOWN_CODE, ids[:, self._vocabulary_columns]
+        )
+
+    def _evaluate(self) -> None:
+        schema = self.data.fitted.schema_
+        validation = self.data.splits["validation"]
+        logits = predict(self.net, validation)
+        metrics = chain_metrics(conditional_probabilities(logits), validation.labels, schema=schema)
+        # Normalised entropies, so that the rare last step counts as much as the first.
+        loss = float(np.sum([metrics[f"ne_{name}"] for name in space_names(schema)[0]]))
+        self.state.evaluations.append({"step": self.state.step, "loss": loss, **metrics})
+        if loss < self.state.best:
+            self.state.best, self.state.best_step, self.state.stale = loss, self.state.step, 0
+            self.best_weights = copy.deepcopy(self.net.state_dict())
+        else:
+            self.state.stale += 1
+        self.progress.on_evaluation(self.state.step, metrics)
+
+
+def _make_optimizer(net: Net, options: OptimizerConfig) -> torch.optim.Optimizer:
+    tables = net.embedding_parameters()
+    known = {id(parameter) for parameter in tables}
+    dense = [parameter for parameter in net.parameters() if id(parameter) not in known]
+    return torch.optim.AdamW(
+        [
+            {"params": tables, "weight_decay": options.embedding_decay},
+            {"params": dense, "weight_decay": options.dense_decay},
+        ],
+        lr=options.learning_rate,
+    )
+
+
+def _base_rates(split: EncodedSplit) -> list[float]:
+    """Conditional rate of each step over the rows with the step before."""
+    rates, reached = [], np.ones(len(split), np.bool_)
+    for t in range(split.label_values.shape[1]):
+        rows = reached & split.label_known[:, t]
+        positive = split.label_values[rows, t]
+        weight = split.weight[rows].astype(np.float64)
+        rates.append(float(np.clip((positive @ weight) / max(weight.sum(), 1e-9), 1e-6, 1 - 1e-6)))
+        reached = rows & (split.label_values[:, t] == 1)
+    return rates
