@@ -153,8 +153,6 @@ class MicroBatcher(Generic[Item, Result]):
             return await entry.future
         except asyncio.CancelledError:
             self._drop(entry, "cancelled")
-            if not entry.future.cancelled():
-                entry.future.exception()  # Its answer came in the same turn: nobody reads it.
             raise
         finally:
             timer.cancel()
@@ -277,7 +275,8 @@ class MicroBatcher(Generic[Item, Result]):
         )
         self._observer.batch_split(requests=len(batch))
         for entry in batch:
-
+            if entry.future.done():
+                continue
             alone_error = await self._run_once([entry])
             if alone_error is not None:
                 _fail(entry, alone_error)

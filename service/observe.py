@@ -26,8 +26,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _MS = 1e-3
 _LATENCY_BUCKETS_S = tuple(
-    ms * _MS
-    for ms in (0.5, 1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 50, 75, 100, 250, 1000)
+    ms * _MS for ms in (0.5, 1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 50, 75, 100, 250, 1000)
 )
 _ROWS_BUCKETS = (1, 5, 10, 20, 50, 100, 150, 200, 300, 400, 600, 1000, 2000)
 _REQUESTS_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)

@@ -54,6 +54,10 @@ class StoreSettings(_Section):
         description="Where user records are: redis://, rediss://, unix:// or memory://. "
         "Not set: the command line starts a Redis server of its own",
     )
+    data_dir: Path = Field(
+        Path("ctr-redis"),
+        description="Where the Redis server keeps its data that runs if no URL is set",
+    )
     timeout_ms: int = Field(
         20, ge=1, le=10_000, description="Most time one look-up takes before defaults are used"
     )

@@ -34,9 +34,6 @@ _PIPELINE_RECORDS = 500
 _PIPELINE_BYTES = 1 << 20
 _PIPELINE_TIMEOUT_S = 2.0
 
-# Turns of the event loop between "the reply is on the socket" and "the task is done", rounded up.
-_GRACE_TURNS = 8
-
 _URL_OPTIONS = frozenset({"db", "host", "port", "path", "username", "password"})
 
 # First row that fits wins. redis-py derives its authentication, pool and loading errors from its
@@ -150,25 +147,35 @@ class RedisStore:
         )
 
     async def get(self, user_id: str) -> bytes | None:
-        """See `OnlineStore.get`: one round trip, at most `timeout_s`, no retry."""
+        """See `OnlineStore.get`: one round trip, no retry.
+
+        Takes at most `timeout_s`, and as much longer as the event loop itself was late then.
+        """
         self._require_open()
         permit = self._breaker.admit()
         if permit is None:
             raise StoreUnavailable("redis: not asked, as it kept failing a moment ago")
-        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._timeout_s
         await self._acquire_slot(permit, deadline=deadline)
         if self._is_closed:
             self._slots.release()
             permit.release()
         self._require_open()
         task = self._start(permit, self._key_prefix + user_id.encode())
-        # Returns at the deadline without touching the task, as it also does when cancelled.
-        await asyncio.wait({task}, timeout=deadline - asyncio.get_running_loop().time())
+        # Does not touch the task, neither at the deadline nor when this call is cancelled.
+        await asyncio.wait({task}, timeout=deadline - loop.time())
         if not task.done():
-            await _yield_until_done(task)
+            # If this process was late itself (garbage collection, a long callback), what it was
+            # late is not the store's fault: one pause would fail all look-ups under way at once
+            # and open the breaker.
+            late_s = min(loop.time() - deadline, self._timeout_s)
+            await asyncio.wait({task}, timeout=late_s)
         if not task.done():
             permit.fail()
             raise StoreTimeout(f"redis: no reply within {self._timeout_s * 1000:.0f} ms")
+        if task.cancelled():
+            raise StoreUnavailable("redis: closed while a command was under way")
         return cast("bytes | None", task.result())
 
     async def set_many(self, records: Iterable[tuple[str, bytes]], *, ttl_s: int | None) -> int:
@@ -206,7 +213,7 @@ class RedisStore:
             return
         self._is_closed = True
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=self._command_timeout_s)
+            await asyncio.wait(self._tasks, timeout=self._timeout_s)
         abandoned = list(self._tasks)
         for task in abandoned:
             task.cancel("store is closing")
@@ -258,16 +265,6 @@ class RedisStore:
     def _require_open(self) -> None:
         if self._is_closed:
             raise StoreUnavailable("redis: this store is closed")
-
-
-async def _yield_until_done(task: asyncio.Task[object]) -> None:
-    # When this process was late itself (garbage collection, a long callback), the reply may have
-    # been on the socket in time: timers fire before the tasks that such a reply wakes. Without
-    # this, one pause would look like a row of store time-outs and open the breaker.
-    for _ in range(_GRACE_TURNS):
-        await asyncio.sleep(0)
-        if task.done():
-            return
 
 
 def _make_client(

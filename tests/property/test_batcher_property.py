@@ -159,7 +159,7 @@ async def play(scenario: Scenario, recorded: Recorded) -> dict[int, Ending]:
             result: int | BaseException = await batcher.submit(
                 request, submitted_at + request.timeout_ms * MS
             )
-        except (Exception, asyncio.CancelledError) as exc:
+        except (Exception, asyncio.CancelledError) as exc:  # noqa: BLE001 - check_ending judges it
             result = exc
         endings[request.number] = Ending(result, submitted_at, loop.time())
 
@@ -286,7 +286,9 @@ def test_with_time_and_room_only_the_poisonous_fail_and_order_is_kept(scenario: 
         endings = runner.run(play(scenario, recorded))
     for request in scenario.requests:
         result = endings[request.number].result
-        assert isinstance(result, InferenceFailed) if request.is_poison else result == request.number
+        assert (
+            isinstance(result, InferenceFailed) if request.is_poison else result == request.number
+        )
     assert recorded.drops == []
     first_runs = list(dict.fromkeys(i.number for items in recorded.runs for i in items))
     assert first_runs == recorded.submitted

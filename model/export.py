@@ -1,0 +1,299 @@
+"""Export: network and calibrators to one ONNX graph, checked against torch, written as a bundle."""
+
+import io
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+import torch
+from torch import Tensor, nn
+
+from model.calibrate import Calibrator, CalibratorLayer
+from model.contract.blocks import Blocks, CandidateBlock, RequestBlock
+from model.contract.bundle import (
+    HISTOGRAMS,
+    MODEL,
+    PARITY_ABSOLUTE,
+    PARITY_RELATIVE,
+    SCHEMA,
+    Golden,
+    golden_files,
+    parity_excess,
+    write_bundle,
+)
+from model.contract.encode import Encoder
+from model.contract.errors import ParityError
+from model.contract.spec import FIRST_CODE, MISSING_CODE, UNKNOWN_CODE
+from model.dataset import EncodedSplit
+from model.golden import golden_requests, synthetic_requests
+from model.nets.layers import Net, NetInput
+
+NUM_PARITY_ROWS = 100_000
+INPUT_NAMES = (
+    "request_ids",
+    "request_dense",
+    "request_history",
+    "candidate_ids",
+    "candidate_dense",
+    "request_of",
+)
+FORBIDDEN_OPERATORS = {"Loop", "Scan", "If", "SequenceConstruct", "ConcatFromSequence"}
+
+Probabilities = dict[str, npt.NDArray[np.float32]]
+Arrays = dict[str, npt.NDArray[Any]]  # Any: int64 and float32 side by side
+
+
+class ScoringGraph(nn.Module):
+    """Blocks to probabilities: network, calibrators, then the chain's product."""
+
+    def __init__(self, net: Net, calibrators: Sequence[Calibrator]) -> None:
+        super().__init__()
+        self.net = net
+        self.calibrators = nn.ModuleList([CalibratorLayer(c) for c in calibrators])
+
+    def forward(
+        self,
+        request_ids: Tensor,
+        request_dense: Tensor,
+        request_history: Tensor,
+        candidate_ids: Tensor,
+        candidate_dense: Tensor,
+        request_of: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Cumulative probability of every step, then the last conditional, float32 [N] each.
+
+        P_t = P_{t-1} c_t with c_t <= 1: rounding is monotone, so P_t <= P_{t-1} exactly.
+        """
+        logits = self.net(
+            NetInput(
+                request_ids=request_ids,
+                request_dense=request_dense,
+                request_history=request_history,
+                candidate_ids=candidate_ids,
+                candidate_dense=candidate_dense,
+                request_of=request_of,
+            )
+        ).logits
+        conditional = [
+            torch.sigmoid(calibrate(logits[:, t])) for t, calibrate in enumerate(self.calibrators)
+        ]
+        cumulative = [conditional[0]]
+        for probability in conditional[1:]:
+            cumulative.append(cumulative[-1] * probability)
+        # The mean of no rows is nothing: outputs keep the candidates' order and count.
+        return (*cumulative, conditional[-1])
+
+
+def export_bundle(
+    net: Net,
+    calibrators: Sequence[Calibrator],
+    *,
+    encoder: Encoder,
+    train: EncodedSplit,
+    out: Path,
+    training: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    last_time: float,
+) -> Path:
+    """Writes a bundle under `out` and returns its directory, named by its digest.
+
+    Raises:
+        ParityError: the graph, run by ONNX Runtime, does not score as torch does; nothing is
+            written.
+    """
+    graph = ScoringGraph(net, calibrators).eval()
+    names = encoder.schema.output_names
+    raw = golden_requests(encoder, last_time=last_time)
+    blocks = raw.encode(encoder)
+    model = to_onnx(graph, blocks=blocks, outputs=names)
+    check_parity(graph, model, encoder=encoder, last_time=last_time)
+    golden = Golden(
+        time=raw.time,
+        request_columns=raw.request_columns,
+        candidate_columns=raw.candidate_columns,
+        blocks=blocks,
+        expected=run_torch(graph, blocks, names),
+    )
+    fitted = encoder.fitted
+    return write_bundle(
+        out,
+        manifest={
+            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "schema_sha256": fitted.schema_.sha256,
+            "steps": [step.name for step in fitted.schema_.steps],
+            "inputs": {name: str(array.dtype) for name, array in blocks.feeds().items()},
+            "outputs": list(names),
+            "training": dict(training),
+            "metrics": dict(metrics),
+            "calibration": {
+                step.name: json.loads(calibrator.model_dump_json())
+                for step, calibrator in zip(fitted.schema_.steps, calibrators, strict=True)
+            },
+            "tool_versions": tool_versions(),
+        },
+        files={
+            MODEL: model,
+            SCHEMA: fitted.model_dump_json(by_alias=True).encode(),
+            HISTOGRAMS: json.dumps(histograms(train, encoder)).encode(),
+            **golden_files(golden),
+        },
+    )
+
+
+def to_onnx(graph: ScoringGraph, *, blocks: Blocks, outputs: Sequence[str]) -> bytes:
+    """The graph as ONNX bytes; rows of requests and of candidates are free dimensions.
+
+    Raises:
+        ParityError: the exporter made an operator that would run row by row.
+    """
+    given = NetInput.of(blocks)
+    tensors = {name: getattr(given, name) for name in INPUT_NAMES}
+    requests, candidates = torch.export.Dim("requests"), torch.export.Dim("candidates")
+    dynamic = {
+        name: {0: requests if name.startswith("request_") and name != "request_of" else candidates}
+        for name in INPUT_NAMES
+    }
+    with torch.no_grad():
+        program = torch.onnx.export(
+            graph,
+            tuple(tensors.values()),
+            dynamo=True,
+            input_names=list(INPUT_NAMES),
+            output_names=list(outputs),
+            dynamic_shapes=tuple(dynamic.values()),
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    unused = {name for name in INPUT_NAMES if name not in blocks.feeds()}
+    kept = [entry for entry in model.graph.input if entry.name not in unused]
+    del model.graph.input[:]
+    model.graph.input.extend(kept)
+    bad = sorted({node.op_type for node in model.graph.node} & FORBIDDEN_OPERATORS)
+    if bad:
+        raise ParityError(
+            f"the exported graph holds {', '.join(bad)}", max_abs_diff=0.0, tolerance=0.0
+        )
+    onnx.checker.check_model(model)
+    buffer = io.BytesIO()
+    onnx.save_model(model, buffer)
+    return buffer.getvalue()
+
+
+def run_torch(graph: ScoringGraph, blocks: Blocks, names: Sequence[str]) -> Probabilities:
+    """Probabilities by output name, by the trainer."""
+    given = NetInput.of(blocks)
+    with torch.inference_mode():
+        outputs = graph(*(getattr(given, name) for name in INPUT_NAMES))
+    return {name: value.numpy() for name, value in zip(names, outputs, strict=True)}
+
+
+def make_session(model: bytes) -> ort.InferenceSession:
+    """A session on one thread."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def check_parity(graph: ScoringGraph, model: bytes, *, encoder: Encoder, last_time: float) -> None:
+    """Compares torch with ONNX Runtime on golden rows, hostile ids and 100,000 random rows.
+
+    Raises:
+        ParityError: a probability differs by more than PARITY_ABSOLUTE or PARITY_RELATIVE.
+    """
+    session = make_session(model)
+    golden = golden_requests(encoder, last_time=last_time).encode(encoder)
+    cases = {"golden rows": golden, "ids outside the tables": _with_hostile_ids(golden)}
+    rng = np.random.default_rng(1)
+    per_run = 10_000
+    for part in range(NUM_PARITY_ROWS // per_run):
+        requests = synthetic_requests(
+            encoder, sizes=[50] * (per_run // 50), last_time=last_time, rng=rng
+        )
+        cases[f"random rows {part}"] = requests.encode(encoder)
+    names = encoder.schema.output_names
+    for case, blocks in cases.items():
+        expected = run_torch(graph, blocks, names)
+        actual = dict(zip(names, session.run(list(names), blocks.feeds()), strict=True))
+        for name in names:
+            largest, relative, fits = parity_excess(expected[name], actual[name])
+            if not fits:
+                raise ParityError(
+                    f"{name} on {case}: the graph differs from the network by {largest:.2e} "
+                    f"absolute, {relative:.2e} relative; allowed are {PARITY_ABSOLUTE} and "
+                    f"{PARITY_RELATIVE}",
+                    max_abs_diff=largest,
+                    tolerance=PARITY_ABSOLUTE,
+                )
+    hostile = session.run(list(names), cases["ids outside the tables"].feeds())
+    unknown = session.run(list(names), _with_ids(golden, UNKNOWN_CODE).feeds())
+    if not all(np.array_equal(a, b) for a, b in zip(hostile, unknown, strict=True)):
+        raise ParityError(
+            "ids outside the tables do not score as unknown ids", max_abs_diff=0.0, tolerance=0.0
+        )
+
+
+def histograms(split: EncodedSplit, encoder: Encoder) -> dict[str, Any]:
+    """Distribution of every encoded training column, for drift: shares per code or per decile."""
+    result: dict[str, Any] = {}
+    sides = (
+        (encoder.request_layout, split.request_ids, split.request_dense),
+        (encoder.candidate_layout, split.candidate_ids, split.candidate_dense),
+    )
+    for layout, ids, dense in sides:
+        for j, name in enumerate(layout.ids):
+            counts = np.bincount(ids[:, j])
+            top = np.argsort(counts)[::-1][:50]
+            result[name] = {
+                "missing": _share(counts, MISSING_CODE),
+                "unknown": _share(counts, UNKNOWN_CODE),
+                "codes": {
+                    int(c): counts[c] / len(ids) for c in top if c >= FIRST_CODE and counts[c]
+                },
+            }
+        for j, name in enumerate(layout.dense_columns):
+            edges = np.unique(np.quantile(dense[:, j], np.linspace(0, 1, 11)[1:-1]))
+            shares = np.bincount(np.searchsorted(edges, dense[:, j]), minlength=len(edges) + 1)
+            result[name] = {"edges": edges.tolist(), "shares": (shares / len(dense)).tolist()}
+    return result
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of what a bundle was made with."""
+    names = ("torch", "onnx", "onnxruntime", "onnxscript", "numpy", "polars", "ctr-scoring")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _share(counts: npt.NDArray[np.int64], code: int) -> float:
+    return float(counts[code] / counts.sum()) if code < len(counts) else 0.0
+
+
+def _with_hostile_ids(blocks: Blocks) -> Blocks:
+    """Ids far outside every table, alternately negative and huge."""
+    spoilt = _with_ids(blocks, -5)
+    spoilt.candidate.ids[::2] = 2**40
+    spoilt.request.ids[::2] = 2**40
+    return spoilt
+
+
+def _with_ids(blocks: Blocks, code: int) -> Blocks:
+    return Blocks(
+        request=RequestBlock(
+            ids=np.full_like(blocks.request.ids, code),
+            dense=blocks.request.dense,
+            history=blocks.request.history,
+        ),
+        candidate=CandidateBlock(
+            ids=np.full_like(blocks.candidate.ids, code), dense=blocks.candidate.dense
+        ),
+        request_of=blocks.request_of,
+    )
