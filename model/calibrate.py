@@ -1,11 +1,10 @@
-"""Calibrators of the conditional steps: fitted on rows with the previous step, on a split of their own.
+"""Calibrators of the conditional steps, fitted on rows with the step before, on their own split.
 
-A calibrator maps a step's logit to a calibrated logit: monotone, interpolated, bounded. The chain's product is formed
-after it, so that the order of the cumulative probabilities stays exact.
+A calibrator maps a step's logit to a calibrated logit: monotone, interpolated, bounded. The chain's
+product is formed after it, so that the order of the cumulative probabilities stays exact.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +51,8 @@ class Calibrator(BaseModel):
             mapped = inside + np.minimum(logits - x[0], 0.0) + np.maximum(logits - x[-1], 0.0)
         else:
             mapped = self.slope * logits + self.offset
-        return np.clip(mapped, -LOGIT_BOUND, LOGIT_BOUND)
+        bounded: Floats = np.clip(mapped, -LOGIT_BOUND, LOGIT_BOUND)
+        return bounded
 
 
 class CalibratorLayer(nn.Module):
@@ -151,7 +151,8 @@ def _choose(
             predicted[outside] = 1.0 / (1.0 + np.exp(-fitted.apply(logits[outside])))
         losses[method] = log_loss(predicted, label, weight)
     best = min(losses, key=lambda method: losses[method])
-    return _FITTERS[best](logits, label, weight).model_copy(update={"log_loss": losses})
+    chosen = _FITTERS[best](logits, label, weight)
+    return chosen.model_copy(update={"log_loss": losses})
 
 
 def _identity(logits: Floats, label: Floats, weight: Floats) -> Calibrator:
@@ -187,7 +188,7 @@ def _isotonic(logits: Floats, label: Floats, weight: Floats) -> Calibrator:
     return Calibrator(method="isotonic", x=tuple(x.tolist()), y=tuple(y.tolist()))
 
 
-_FITTERS: dict[str, Any] = {  # Any: (logits, label, weight) -> Calibrator
+_FITTERS: dict[str, Callable[[Floats, Floats, Floats], Calibrator]] = {
     "identity": _identity,
     "platt": _platt,
     "isotonic": _isotonic,

@@ -28,7 +28,7 @@ class DataConfig(_Section):
 
 
 class SplitConfig(_Section):
-    """Split by time, where the log names no split: train first, test last, the rest between them."""
+    """Split by time, where the log names no split: train first, test last, the rest between."""
 
     train_share: float = Field(default=0.7, gt=0, lt=1)
     test_share: float = Field(default=0.15, gt=0, lt=1)

@@ -1,4 +1,4 @@
-"""A run's data, encoded: logs and tables to blocks per split, cached on disk by what they were made from."""
+"""A run's data, encoded: logs and tables to blocks per split, cached by what they were made of."""
 
 import hashlib
 import json

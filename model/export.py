@@ -88,7 +88,6 @@ class ScoringGraph(nn.Module):
         cumulative = [conditional[0]]
         for probability in conditional[1:]:
             cumulative.append(cumulative[-1] * probability)
-        # The mean of no rows is nothing: outputs keep the candidates' order and count.
         return (*cumulative, conditional[-1])
 
 

@@ -1,6 +1,7 @@
 """Synthetic requests by a fitted schema: golden rows and random rows for parity. No person's data.
 
-Values are drawn feature by feature from what the fit knows (vocabularies, moments), so no row ever belonged to anybody.
+Values are drawn feature by feature from what the fit knows (vocabularies, moments), so no row ever
+belonged to anybody.
 """
 
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class RawRequests:
 
 
 def golden_requests(encoder: Encoder, *, last_time: float) -> RawRequests:
-    """About 64 requests: ordinary, without a record, with unknown ids, with one and many candidates."""
+    """64 requests: ordinary, without a record, with unknown ids, with one and many candidates."""
     sizes = [1, 1, 2, 200, *([3, 5, 8, 12] * 15)]
     requests = synthetic_requests(
         encoder, sizes=sizes, last_time=last_time, rng=np.random.default_rng(20240607)

@@ -1,7 +1,8 @@
 """Histories and statistics as of a time, for logs, user records and item snapshots alike.
 
-Everything counts events strictly before `time - availability_lag`. Tables of running totals are made once; a log
-looks up the last row before each impression, a record takes the last row before T: the same totals.
+Everything counts events strictly before `time - availability_lag`. Tables of running totals are
+made once; a log looks up the last row before each impression, a record takes the last row before T:
+the same totals.
 """
 
 from collections.abc import Iterator

@@ -279,7 +279,7 @@ def _split(
 def _split_by_time(
     frame: pl.DataFrame, schema: Schema, config: SplitConfig
 ) -> npt.NDArray[np.str_]:
-    """Cuts at times, never inside one instant; validation and calibration share their period by user."""
+    """Cuts at times, never inside an instant; validation and calibration share theirs by user."""
     time = unix_seconds(frame[schema.log.time])
     train_end, held_out_end = (
         np.quantile(time, share, method="nearest")

@@ -1,6 +1,7 @@
-"""Metrics of probabilities: AUC, log-loss, NE, PCOC, ECE; the space each is over stands in its name."""
+"""Metrics of probabilities: AUC, log-loss, NE, PCOC, ECE; the space stands in each name."""
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +51,7 @@ def pcoc(predicted: Floats, label: Floats, weight: Floats) -> float:
 def pcoc_interval(
     predicted: Floats, label: Floats, weight: Floats, *, user: npt.NDArray[np.int64]
 ) -> tuple[float, float]:
-    """95 % bootstrap interval of PCOC, users drawn with replacement: rows of a user are not independent."""
+    """95 % bootstrap interval of PCOC, drawing users: rows of one user are not independent."""
     users, index = np.unique(user, return_inverse=True)
     sums = np.stack(
         [np.bincount(index, values * weight, len(users)) for values in (predicted, label)]
@@ -80,7 +81,7 @@ def space_names(schema: Schema) -> tuple[tuple[str, ...], tuple[str, ...]]:
     names = [step.name for step in schema.steps]
     if names == ["click", "conversion"]:
         return ("ctr", "ctcvr"), ("cvr_clicked",)
-    conditional = tuple(f"{b}_given_{a}" for a, b in zip(names[:-1], names[1:], strict=True))
+    conditional = tuple(f"{b}_given_{a}" for a, b in pairwise(names))
     return tuple(f"p_{name}" for name in names), conditional
 
 

@@ -8,10 +8,11 @@ from torch.nn import functional
 
 
 def chain_log_probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """log P_t and log(1 - P_t) of the cumulative steps, [B, T] each, float32 or wider.
+    """Log P_t and log(1 - P_t) of the cumulative steps, [B, T] each, float32 or wider.
 
     S_t = sum_{s<=t} log sigmoid(z_s); F_t = log sum_{s<=t} exp(S_{s-1} + log sigmoid(-z_s)).
-    Exact for every finite logit; S is monotone in t by construction. Source: papers.md 1.6 [derived].
+    Exact for every finite logit; S is monotone in t by construction. Source: papers.md 1.6
+    [derived].
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     log_yes, log_no = functional.logsigmoid(wide), functional.logsigmoid(-wide)

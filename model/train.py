@@ -1,7 +1,8 @@
 """Training: encoded splits to the weights that score best on validation; resumable to the bit.
 
-Nothing random is remembered between steps: each step's dropout and dropped records come from (seed, step), each
-epoch's order from (seed, epoch). A resumed run therefore ends with the weights of an uninterrupted one.
+Nothing random is remembered between steps: each step's dropout and dropped records come from (seed,
+step), each epoch's order from (seed, epoch). A resumed run therefore ends with the weights of an
+uninterrupted one.
 """
 
 import copy
@@ -215,7 +216,7 @@ class _Run:
             return
         try:
             saved = torch.load(path, weights_only=True)
-        except Exception as exc:  # noqa: BLE001 - torch raises many kinds for a damaged file
+        except Exception as exc:  # torch raises many kinds for a damaged file
             raise TrainError(f"{path} is damaged: {exc}", where=str(path)) from exc
         if saved["config"] != self._fingerprint():
             raise TrainError(

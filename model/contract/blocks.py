@@ -25,7 +25,7 @@ Dense = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class RequestBlock:
-    """Encoded requests: ids int64 [R, F], dense float32 [R, N], history int64 [R, sum of lengths]."""
+    """Encoded requests: ids int64 [R, F], dense float32 [R, D], history int64 [R, lengths]."""
 
     ids: Ids
     dense: Dense
@@ -75,8 +75,9 @@ class Blocks:
 class BlockLayout:
     """Which features stand in which columns of one block.
 
-    Dense columns: a value for every numeric and elapsed feature, then the count of every match, then its days,
-    then a missing flag for every numeric and elapsed feature, then one for every match.
+    Dense columns: a value for every numeric and elapsed feature, then the count of every match,
+    then its days, then a missing flag for every numeric and elapsed feature, then one for every
+    match.
     """
 
     ids: tuple[str, ...]

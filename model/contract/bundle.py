@@ -1,8 +1,9 @@
 """The bundle: one directory, named by its digest, that holds all a service needs to score.
 
-Files: manifest.json (versions, digests, names, training configuration, metrics), schema.json (schema and fitted
-vocabularies), model.onnx, golden.json and golden.npz (raw requests, their blocks, their probabilities) and
-histograms.json (of the encoded training features). Written whole or not at all.
+Files: manifest.json (versions, digests, names, training configuration, metrics), schema.json
+(schema and fitted vocabularies), model.onnx, golden.json and golden.npz (raw requests, their
+blocks, their probabilities) and histograms.json (of the encoded training features). Written whole
+or not at all.
 """
 
 import hashlib

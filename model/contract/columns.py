@@ -12,6 +12,8 @@ from model.contract.errors import EncodeError
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
+_LARGEST = 1e30  # standardised, it still fits into float32
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dictionary:
@@ -39,7 +41,7 @@ def numbers(name: str, column: Column | Ragged) -> Floats:
     """A raw column as float64 [n], NaN where missing.
 
     Raises:
-        EncodeError: a value is no finite number.
+        EncodeError: a value is no finite number, or beyond what float32 can hold.
     """
     if isinstance(column, np.ndarray) and column.dtype.kind in "iuf":
         values = column.astype(np.float64)
@@ -47,9 +49,12 @@ def numbers(name: str, column: Column | Ragged) -> Floats:
         raise EncodeError(name, "expected a number, got a text or list column")
     else:
         values = np.array([_number(name, value, row) for row, value in enumerate(column)])
-    if np.isinf(values).any():
-        row = int(np.argmax(np.isinf(values)))
-        raise EncodeError(name, "expected a finite number, got an infinity", row=row)
+    too_large = np.abs(values) > _LARGEST
+    if too_large.any():
+        row = int(np.argmax(too_large))
+        raise EncodeError(
+            name, f"expected a finite number up to {_LARGEST:g}, got {values[row]:g}", row=row
+        )
     return values
 
 

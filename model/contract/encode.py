@@ -1,9 +1,10 @@
 """The encoder: raw columns to blocks. Training, item table and online request all call this one.
 
-Two blocks: the request block has one row per request (user and context features), the candidate block one row
-per candidate (item and cross features); `request_of` says which request row a candidate belongs to. A block starts
-as copies of a row in which everything is missing, and given columns overwrite it: so an absent column, an unknown
-user and an unknown item need no code of their own.
+Two blocks: the request block has one row per request (user and context features), the candidate
+block one row per candidate (item and cross features); `request_of` says which request row a
+candidate belongs to. A block starts as copies of a row in which everything is missing, and given
+columns overwrite it: so an absent column, an unknown user and an unknown item need no code of their
+own.
 """
 
 from collections.abc import Sequence
@@ -48,8 +49,8 @@ SECONDS_PER_DAY = 86400.0
 class Encoder:
     """Encodes by one fitted schema. Immutable; safe to share between threads.
 
-    With `serving`, `log_only` features take their serving value whatever a column says; without, they are read
-    like any other (training).
+    With `serving`, `log_only` features take their serving value whatever a column says; without,
+    they are read like any other (training).
     """
 
     def __init__(self, fitted: FittedSchema, *, serving: bool = True) -> None:
@@ -168,10 +169,10 @@ class Encoder:
     def transform_numerics(
         self, layout: BlockLayout, columns: Columns, *, time: Floats | None
     ) -> tuple[list[int], Floats]:
-        """The given numeric features clipped and log1p'd, [n, k], NaN where missing, before standardising.
+        """The given numeric features, clipped and log1p'd, before standardising; NaN where missing.
 
         Returns:
-            Positions of the features in `layout.numerics`, and the values.
+            Positions of the features in `layout.numerics`, and the values [n, k].
         """
         given, values = [], []
         for j, name in enumerate(layout.numerics):

@@ -1,7 +1,7 @@
 """The user record: what the online store holds of one user, as raw values in versioned msgpack.
 
-Raw, never encoded: every bundle can read it, so that a swap, a canary and a roll-back share one store. A field
-that is absent is missing; a field that the schema does not know is ignored.
+Raw, never encoded: every bundle can read it, so that a swap, a canary and a roll-back share one
+store. A field that is absent is missing; a field that the schema does not know is ignored.
 """
 
 from collections.abc import Mapping

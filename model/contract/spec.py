@@ -1,7 +1,7 @@
 """The schema: which raw values describe an impression, whose they are, and which steps follow it.
 
-A schema is written by a person (TOML), travels in the bundle (JSON) and never changes while it is used. What
-is learnt from data (vocabularies, means) is kept beside it in `FittedSchema`.
+A schema is written by a person (TOML), travels in the bundle (JSON) and never changes while it is
+used. What is learnt from data (vocabularies, means) is kept beside it in `FittedSchema`.
 """
 
 import hashlib
@@ -39,8 +39,9 @@ class EventStatistic(_Frozen):
         event: which events count.
         aggregate: their number, the mean of `column`, or the time of the last one.
         column: the column averaged; only with `mean`.
-        attribute: an item feature; for item statistics, events of all items sharing its value count.
-        whole_periods: count only the last so many whole periods of the schema's `period_days`;
+        attribute: an item feature; for item statistics, events of all items sharing its value
+        count. whole_periods: count only the last so many whole periods of the schema's
+        `period_days`;
             None counts everything before. Item statistics need it: one snapshot then serves a
             whole period.
     """
@@ -103,7 +104,7 @@ class Hashed(_Feature):
 
 
 class Numeric(_Feature):
-    """One number: clipped to [minimum, maximum], optionally log1p, standardised; missing is indicated."""
+    """One number: clipped, optionally log1p, standardised; that it is missing is told beside it."""
 
     kind: Literal["numeric"] = "numeric"
     log1p: bool = False
@@ -386,7 +387,8 @@ def load_schema(path: Path) -> Schema:
     """Reads a schema from TOML.
 
     Raises:
-        SpecError: the file is missing or not TOML, or the schema contradicts itself; every fault is named.
+        SpecError: the file is missing or not TOML, or the schema contradicts itself; every fault is
+        named.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -146,7 +146,7 @@ def write_complete_journey(
     source = read_source(locate_data())
     out_dir.mkdir(parents=True, exist_ok=True)
     report(f"read {source.trips.height} trips and {source.lines.height} purchases")
-    _write(source.products, out_dir / "items.parquet")
+    _write(qualify_types(source.products), out_dir / "items.parquet")
     _write(source.users, out_dir / "users.parquet")
     _write(build_events(source.trips, lines=source.lines), out_dir / "events.parquet")
     report("wrote items, users and events")
@@ -158,6 +158,17 @@ def write_complete_journey(
     _write(log, out_dir / "impressions.parquet")
     report(f"wrote {log.height} impressions")
     return summarize(log)
+
+
+def qualify_types(products: pl.DataFrame) -> pl.DataFrame:
+    """Names each product type together with its category.
+
+    804 type names occur in several categories; a click is of the pair, so the feature is, too.
+    """
+    pair = pl.concat_str("product_category", "product_type", separator=": ", ignore_nulls=True)
+    return products.with_columns(
+        pl.when(pl.col("product_type").is_not_null()).then(pair).alias("product_type")
+    )
 
 
 def locate_data() -> Path:

@@ -1,11 +1,13 @@
 """What every network is made of: its inputs, its outputs, field embedding, batched layers.
 
-Shape letters: R requests, B candidates, T steps, G patterns, F tokens, D embedding width, K pattern width.
+Shape letters: R requests, B candidates, T steps, G patterns, F tokens, D embedding width, K pattern
+width.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -230,7 +232,7 @@ class Heads(nn.Module):
 def mlp(widths: Sequence[int], *, dropout: float) -> nn.Sequential:
     """Linear layers of the given widths, ReLU and dropout after each."""
     layers: list[Any] = []  # Any: nn.Module subclasses of several kinds
-    for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
+    for inputs, outputs in pairwise(widths):
         layers += [nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(dropout)]
     return nn.Sequential(*layers)
 

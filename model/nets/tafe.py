@@ -1,7 +1,8 @@
 """TAFE-style network: set attention over field tokens in G patterns, chosen per row and step.
 
-Reconstructed: papers.md 2.3 (no formula of the paper was recoverable). The selection by task-indicator vectors and
-the squeeze-and-excitation gate realise what the paper's abstracts name; the formulas are ours.
+Reconstructed: papers.md 2.3 (no formula of the paper was recoverable). The selection by task-
+indicator vectors and the squeeze-and-excitation gate realise what the paper's abstracts name; the
+formulas are ours.
 """
 
 import math
@@ -55,7 +56,7 @@ class TafeOptions(Options):
 
 
 class Tafe(Net):
-    """Tokens, set attention in G patterns, squeeze-and-excitation, pattern MLPs, pattern selector."""
+    """Tokens, set attention in G patterns, squeeze-and-excitation, pattern MLPs, selector."""
 
     options_type = TafeOptions
 
@@ -188,8 +189,8 @@ class GroupedSetAttention(nn.Module):
     """G induced set attention blocks side by side, every projection one product.
 
     MAB(Q, K) = LN(O + ReLU(O W_o + b_o)), O = LN(Q W_q + attention(Q W_q, K W_k, K W_v)), and
-    ISAB(X) = MAB(X, MAB(I, X)). Source: papers.md 2.3 (1), from the set transformer's code, with the
-    scale per head. Permuting the tokens permutes the result.
+    ISAB(X) = MAB(X, MAB(I, X)). Source: papers.md 2.3 (1), from the set transformer's code, with
+    the scale per head. Permuting the tokens permutes the result.
     """
 
     def __init__(self, patterns: int, width: int, *, heads: int, num_inducing: int) -> None:
@@ -253,7 +254,7 @@ class Excitation(nn.Module):
 
 
 class PatternSelector(nn.Module):
-    """t_t = sum_g alpha_tg h_g, alpha = softmax_g(<u_t, h_g W> / sqrt(d_u)). Reconstructed: 2.3 (5)."""
+    """t_t = sum_g a_tg h_g, a = softmax_g(<u_t, h_g W> / sqrt(d_u)). Reconstructed: 2.3 (5)."""
 
     def __init__(self, num_steps: int, pattern: int, indicator: int) -> None:
         super().__init__()

@@ -1,0 +1,60 @@
+"""Evaluation on test rows: calibrated, beside the base rate, and once more without user records."""
+
+from typing import Any
+
+import numpy as np
+
+from model.calibrate import calibrated_probabilities, fit_calibrators
+from model.config import TrainConfig
+from model.contract.encode import Encoder
+from model.contract.spec import Schema
+from model.dataset import EncodedData, EncodedSplit
+from model.metrics import chain_metrics, space_names
+from model.nets.layers import Net
+from model.run import Run
+from model.train import predict
+
+
+def calibrate_run(net: Net, data: EncodedData, config: TrainConfig) -> list[Any]:
+    """Calibrators fitted on the calibration split, which nothing else was fitted or chosen on."""
+    split = data.splits["calibration"]
+    return fit_calibrators(
+        predict(net, split), split.labels, user=split.user, methods=config.calibration.methods
+    )
+
+
+def evaluate_run(run: Run, data: EncodedData) -> dict[str, Any]:
+    """Test metrics as served (`test`), with empty user records, and of the training base rate."""
+    test = data.splits["test"]
+    schema = data.fitted.schema_
+    stored = Encoder(data.fitted).store_columns()
+    served = calibrated_probabilities(predict(run.net, test), run.calibrators)
+    empty = calibrated_probabilities(
+        predict(run.net, test, without_records=stored), run.calibrators
+    )
+    return {
+        "test": chain_metrics(served, test.labels, schema=schema, user=test.user),
+        "test_without_records": chain_metrics(empty, test.labels, schema=schema),
+        "test_base_rate": _base_rate_metrics(data.splits["train"], test, schema),
+    }
+
+
+def _base_rate_metrics(train: EncodedSplit, test: EncodedSplit, schema: Schema) -> dict[str, Any]:
+    """What the training rates alone would score; the observed test rates beside them."""
+    values = train.label_values.astype(np.float64)
+    weight = train.weight.astype(np.float64)
+    cumulative = np.array(
+        [
+            np.average(values[known, t], weights=weight[known])
+            for t, known in enumerate(train.label_known.T)
+        ]
+    )
+    conditional = cumulative / np.concatenate([[1.0], cumulative[:-1]])
+    rows = np.broadcast_to(conditional.astype(np.float32), (len(test), len(conditional)))
+    metrics = chain_metrics(rows, test.labels, schema=schema)
+    for t, name in enumerate(space_names(schema)[0]):
+        known = test.label_known[:, t]
+        metrics[f"rate_{name}"] = float(
+            np.average(test.label_values[known, t], weights=test.weight[known])
+        )
+    return metrics

@@ -1,0 +1,275 @@
+"""Proposes a schema from a log: a TOML file for its owner to read and correct.
+
+Guesses by names and by what depends on what in a sample. Refuses, with the reason, columns that are
+known only after the impression; proposes position-like columns as `log_only`.
+"""
+
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from model.contract.errors import LogError
+from model.contract.spec import parse_schema
+from model.logs import read_table
+
+SAMPLE_ROWS = 200_000
+MAX_VOCABULARY = 200_000
+MAX_SMALL_INTEGERS = 50
+
+USER_NAMES = ("user_id", "user", "uid", "userid", "household_id", "customer_id", "visitor_id")
+ITEM_NAMES = (
+    *("item_id", "item", "product_id", "ad_id", "adgroup_id", "creative_id", "campaign_id"),
+    *("video_id", "prop_id", "sku"),
+)
+TIME_NAMES = ("time", "timestamp", "ts", "event_time", "time_stamp", "impression_time", "datetime")
+REQUEST_NAMES = ("request_id", "search_id", "srch_id", "query_id", "page_view_id", "pv_id")
+SPLIT_NAMES = ("split",)
+STEP_NAMES = (
+    ("click", ("click", "clicked", "is_click", "clk", "click_bool")),
+    (
+        "conversion",
+        *(
+            (
+                "conversion",
+                "converted",
+                "is_conversion",
+                "purchase",
+                "buy",
+                "order",
+                "booking_bool",
+            ),
+        ),
+    ),
+)
+LOG_ONLY = re.compile(r"(^|_)(position|pos|rank|slot)(_|$)")
+AFTERWARDS = re.compile(
+    r"(^|_)(clicks?|clk|clicked|conversions?|converted|purchased?|orders?|attribut\w*|revenue|gmv|dwell"
+    r"|play_time|stay_time|watch_time|cost|cpo|label|exposure)(_|$)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """A schema as TOML text, and each column left out with the reason."""
+
+    toml: str
+    refused: dict[str, str]
+
+
+def propose_schema(
+    path: Path,
+    *,
+    user_id: str | None = None,
+    item_id: str | None = None,
+    time: str | None = None,
+    labels: tuple[str, ...] = (),
+) -> Proposal:
+    """Proposes a schema for a log; names that are given are taken, the others guessed.
+
+    Raises:
+        LogError: the log is unreadable, or a column that is needed cannot be found.
+    """
+    frame = read_table(path)
+    if not len(frame):
+        raise LogError(f"{path} has no rows", path=path)
+    user = _find(frame, user_id, USER_NAMES, "user", path)
+    item = _find(frame, item_id, ITEM_NAMES, "item", path)
+    when = _find(frame, time, TIME_NAMES, "time", path)
+    steps = _steps(frame, labels, path)
+    request = next((name for name in REQUEST_NAMES if name in frame.columns), None)
+    split = next((name for name in SPLIT_NAMES if name in frame.columns), None)
+    columns = _Columns(frame, user=user, item=item, time=when, request=request, steps=steps)
+    log = {"user_id": user, "item_id": item, "time": when, "request_id": request, "split": split}
+    lines = [
+        f"# Proposed from {path.name}; read it and correct it before you train.",
+        'time_zone = "UTC"  # hour and weekday are told in it',
+        "availability_lag_s = 0  # how long after an event the online store knows of it",
+        "",
+        "[log]",
+        *(f'{key} = "{value}"' for key, value in log.items() if value is not None),
+    ]
+    for name, label, event_time in steps:
+        lines += ["", "[[steps]]", f'name = "{name}"', f'label = "{label}"']
+        if event_time is not None:
+            lines += [f'time = "{event_time}"', "window_days = 7  # how long after the impression"]
+    for part in ("hour", "weekday"):
+        lines += ["", "[[features]]", f'name = "{part}"', 'kind = "time_part"', f'part = "{part}"']
+    lines += columns.feature_lines()
+    if columns.refused:
+        lines += ["", "# Left out:"]
+        lines += [f"#   {name}: {reason}" for name, reason in columns.refused.items()]
+    text = "\n".join(lines) + "\n"
+
+    parse_schema(tomllib.loads(text), where="proposal")
+    return Proposal(toml=text, refused=columns.refused)
+
+
+class _Columns:
+    """Judges each remaining column on a sample."""
+
+    def __init__(
+        self,
+        frame: pl.DataFrame,
+        *,
+        user: str,
+        item: str,
+        time: str,
+        request: str | None,
+        steps: list[tuple[str, str, str | None]],
+    ) -> None:
+        self._frame = frame.head(SAMPLE_ROWS)
+        self._user, self._item, self._request = user, item, request
+        self._first_label = steps[0][1]
+        self._labels = [label for _, label, _ in steps]
+        known = {user, time, request, "split"}
+        known |= {label for _, label, _ in steps} | {t for _, _, t in steps}
+        self._names = [name for name in frame.columns if name not in known]
+        self.refused: dict[str, str] = {}
+
+    def feature_lines(self) -> list[str]:
+        lines: list[str] = []
+        for name in self._names:
+            reason = self._refusal(name)
+            if reason is not None:
+                self.refused[name] = reason
+            else:
+                lines += self._feature(name)
+        return lines
+
+    def _refusal(self, name: str) -> str | None:
+        series = self._frame[name]
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            return "its name is not of letters, digits and underscores; rename it to use it"
+        if AFTERWARDS.search(name.lower()):
+            return "by its name it is known only after the impression"
+        if series.dtype.is_temporal():
+            return "a time; declare it as kind 'elapsed' if it is known at the impression"
+        if series.dtype.is_nested():
+            return "a list; declare it as kind 'history' with its times beside it"
+        if series.null_count() == len(series) or series.n_unique() < 2:
+            return "it has one value only"
+        label = self._frame[self._first_label].cast(pl.Int8)
+        present = series.is_not_null()
+        if series.null_count() and not (present & (label == 0)).any():
+            return f"it is filled only where {self._first_label!r} is 1"
+        for column in self._labels:
+            if series.dtype.is_numeric() and _separates(series, self._frame[column]):
+                return f"it alone tells {column!r} nearly perfectly: it must come after it"
+        return None
+
+    def _feature(self, name: str) -> list[str]:
+        series = self._frame[name]
+        lines = ["", "[[features]]", f'name = "{name}"']
+        scope = self._scope(name)
+        if LOG_ONLY.search(name.lower()):
+            common = series.drop_nulls().min()
+            return [
+                *lines,
+                'kind = "categorical"',
+                'scope = "cross"',
+                'source = "log_only"  # known in the log, not at request time',
+                f"serving_value = {common!r}" if isinstance(common, int) else "serving_value = 1",
+            ]
+        source = {"user": "store", "item": "items"}.get(scope, "request")
+        distinct = series.n_unique()
+        is_count = series.dtype.is_integer() and not re.search(r"(_id|id|code|type)$", name.lower())
+        if series.dtype.is_float() or (is_count and distinct > MAX_SMALL_INTEGERS):
+            return [*lines, 'kind = "numeric"', *_scope(scope, source), *_log1p(series)]
+        if distinct > MAX_VOCABULARY:
+            return [*lines, 'kind = "hashed"', *_scope(scope, source), "num_buckets = 1000000"]
+        return [*lines, 'kind = "categorical"', *_scope(scope, source), "min_count = 10"]
+
+    def _scope(self, name: str) -> str:
+        if name == self._item:
+            return "item"
+        for scope, key in (("user", self._user), ("item", self._item), ("context", self._request)):
+            if key is not None and self._is_constant(name, key):
+                return scope
+        return "cross"
+
+    def _is_constant(self, name: str, key: str) -> bool:
+        """Whether the column has one value per key, in keys that occur more than once."""
+        groups = (
+            self._frame.group_by(key)
+            .agg(pl.len().alias("_rows"), pl.col(name).n_unique().alias("_values"))
+            .filter(pl.col("_rows") > 1)
+        )
+        return len(groups) > 0 and bool((groups["_values"] == 1).all())
+
+
+def _steps(
+    frame: pl.DataFrame, labels: tuple[str, ...], path: Path
+) -> list[tuple[str, str, str | None]]:
+    if labels:
+        missing = [label for label in labels if label not in frame.columns]
+        if missing:
+            raise LogError(f"{path} has no column {missing[0]!r}", path=path)
+        found = [(label, label) for label in labels]
+    else:
+        found = [
+            (step, name)
+            for step, names in STEP_NAMES
+            for name in [next((n for n in names if n in frame.columns), None)]
+            if name is not None
+        ]
+    if len(found) < 2:
+        raise LogError(
+            f"{path}: found {len(found)} label columns, need two or more; name them in the chain's "
+            "order with --label",
+            path=path,
+        )
+    return [(step, label, _event_time(frame, step, label)) for step, label in found]
+
+
+def _event_time(frame: pl.DataFrame, step: str, label: str) -> str | None:
+    candidates = [
+        f"{name}_{word}" for name in (step, label) for word in ("time", "timestamp", "ts")
+    ]
+    return next((name for name in candidates if name in frame.columns), None)
+
+
+def _find(
+    frame: pl.DataFrame, given: str | None, names: tuple[str, ...], what: str, path: Path
+) -> str:
+    if given is not None:
+        if given not in frame.columns:
+            raise LogError(f"{path} has no column {given!r}", path=path)
+        return given
+    for name in names:
+        if name in frame.columns:
+            return name
+    raise LogError(
+        f"{path}: which column is the {what}? None of {', '.join(names)} is there; name it with "
+        f"--{what}",
+        path=path,
+    )
+
+
+def _separates(series: pl.Series, label: pl.Series) -> bool:
+    """Whether the column alone ranks the label with an AUC of 0.95 or more, either way."""
+    ranks = series.cast(pl.Float64).rank("average", descending=False)
+    positive = (label.cast(pl.Int8) == 1) & ranks.is_not_null()
+    num_positive, num_known = int(positive.sum()), len(ranks) - ranks.null_count()
+    num_negative = num_known - num_positive
+    if num_positive < 10 or num_negative < 10:
+        return False
+    total = float(ranks.filter(positive).sum())
+    auc = (total - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative)
+    return max(auc, 1.0 - auc) >= 0.95
+
+
+def _scope(scope: str, source: str) -> list[str]:
+    return [f'scope = "{scope}"', f'source = "{source}"']
+
+
+def _log1p(series: pl.Series) -> list[str]:
+    """log1p for columns that are never negative and spread over orders of magnitude."""
+    values = series.drop_nulls()
+    low, middle, high = values.min(), values.median(), values.quantile(0.99)
+    numbers = [float(v) for v in (low, middle, high) if isinstance(v, int | float)]
+    if len(numbers) == 3 and numbers[0] >= 0 and numbers[2] > 10 * max(numbers[1], 0.1):
+        return ["log1p = true", "minimum = 0"]
+    return []

@@ -1,0 +1,358 @@
+"""The trainer's verbs of `ctr`: each parses, calls, prints; progress goes to stderr."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from model.contract.errors import LogError
+from model.contract.times import format_time, parse_time
+
+PATH = click.Path(path_type=Path)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+CACHE = click.option(
+    "--cache",
+    type=PATH,
+    default=Path(".ctr-cache"),
+    show_default=True,
+    help="Where encoded impressions are kept between verbs.",
+)
+SET = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Override one value of the configuration; may be repeated.",
+)
+
+
+@click.group()
+def data() -> None:
+    """Make impression logs from a public data set."""
+
+
+@data.command("complete-journey")
+@click.argument("out", type=PATH)
+@click.option(
+    "--keep-trips",
+    type=click.FloatRange(min=0.0, min_open=True, max=1.0),
+    default=1.0,
+    show_default=True,
+    help="Share of shopping trips kept, in every split.",
+)
+@JSON
+def complete_journey(out: Path, keep_trips: float, as_json: bool) -> None:
+    """A year of grocery shopping (The Complete Journey), with schema and training files."""
+    from model.datasets.complete_journey import write_complete_journey
+
+    with _spinner() as say:
+        summary = write_complete_journey(out, keep_trips=keep_trips, progress=say)
+    here = Path(__file__).parent / "datasets"
+    for name in ("schema", "train", "baseline"):
+        shutil.copyfile(here / f"complete_journey_{name}.toml", out / f"{name}.toml")
+    splits = {name: vars(count) for name, count in summary.splits.items()}
+    if as_json:
+        click.echo(json.dumps({"out": str(out), "splits": splits}))
+        return
+    table = Table("split", "trips", "impressions", "clicks", "conversions", title=str(out))
+    for name, count in splits.items():
+        cells = [count[key] for key in ("trips", "rows", "clicks", "conversions")]
+        table.add_row(name, *(f"{cell:,}" for cell in cells))
+    Console().print(table)
+
+
+@click.command()
+@click.argument("log", type=PATH)
+@click.option("--out", type=PATH, help="Write the schema here instead of to stdout.")
+@click.option("--user", help="The user id column.")
+@click.option("--item", help="The item id column.")
+@click.option("--time", help="The impression's time column.")
+@click.option("--label", "labels", multiple=True, help="Label columns, in the chain's order.")
+def schema(
+    log: Path,
+    out: Path | None,
+    user: str | None,
+    item: str | None,
+    time: str | None,
+    labels: tuple[str, ...],
+) -> None:
+    """Propose a schema for an impression log (Parquet or CSV), to be read and corrected."""
+    from model.propose import propose_schema
+
+    proposal = propose_schema(log, user_id=user, item_id=item, time=time, labels=labels)
+    if out is None:
+        click.echo(proposal.toml, nl=False)
+    elif out.exists():
+        raise click.UsageError(f"{out} exists; it may hold your corrections")
+    else:
+        out.write_text(proposal.toml)
+        click.echo(f"wrote {out}")
+    for name, reason in proposal.refused.items():
+        click.echo(f"left out {name!r}: {reason}", err=True)
+
+
+@click.command()
+@click.argument("config_file", type=PATH, metavar="CONFIG")
+@click.option("--run", "run_dir", type=PATH, required=True, help="Run directory; resumed if there.")
+@CACHE
+@SET
+@JSON
+def train(
+    config_file: Path, run_dir: Path, cache: Path, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Train a model; a run that was stopped goes on where its checkpoint is."""
+    from model.config import load_config
+    from model.dataset import load_data
+    from model.evaluate import calibrate_run
+    from model.run import write_config, write_run
+    from model.train import train as fit
+
+    config = load_config(config_file, overrides=overrides)
+    with _spinner() as say:
+        encoded = load_data(config, cache=cache, progress=say)
+    write_config(run_dir, config)
+    with _training_progress() as progress:
+        result = fit(config, encoded, run_dir=run_dir, progress=progress)
+    with _spinner() as say:
+        say("fitting calibrators")
+        calibrators = calibrate_run(result.net, encoded, config)
+    training = {
+        "data": encoded.report,
+        "evaluations": result.state.evaluations,
+        "best_step": result.state.best_step,
+        "rows_per_second": result.rows_per_second,
+        "parameters": sum(p.numel() for p in result.net.parameters()),
+        "dense_parameters": sum(p.numel() for p in result.net.parameters())
+        - sum(p.numel() for p in result.net.embedding_parameters()),
+    }
+    write_run(
+        run_dir,
+        config=config,
+        fitted=encoded.fitted,
+        net=result.net,
+        calibrators=calibrators,
+        training=training,
+    )
+    best = next(e for e in result.state.evaluations if e["step"] == result.state.best_step)
+    if as_json:
+        click.echo(json.dumps({"run": str(run_dir), "validation": best, **training}))
+        return
+    click.echo(
+        f"{run_dir}: best at step {result.state.best_step} of {result.state.step}, "
+        f"{result.rows_per_second:,.0f} rows/s, {training['dense_parameters']:,} dense parameters"
+    )
+    _print_metrics({"validation": best})
+
+
+@click.command()
+@click.argument("run_dir", type=PATH, metavar="RUN")
+@CACHE
+@JSON
+def evaluate(run_dir: Path, cache: Path, as_json: bool) -> None:
+    """Measure a run on its test rows: as served, without user records, and the base rate."""
+    from model.dataset import load_data
+    from model.evaluate import evaluate_run
+    from model.run import EVALUATION, read_run
+
+    run = read_run(run_dir)
+    with _spinner() as say:
+        encoded = load_data(run.config, cache=cache, progress=say)
+        if encoded.fitted != run.fitted:
+            raise LogError(f"{run_dir} was trained on other data or by another schema")
+        say("scoring the test rows")
+        result = evaluate_run(run, encoded)
+    (run_dir / EVALUATION).write_text(json.dumps(_without_nan(result), indent=1))
+    if as_json:
+        click.echo(json.dumps(_without_nan(result)))
+    else:
+        _print_metrics(result)
+
+
+@click.command()
+@click.argument("run_dir", type=PATH, metavar="RUN")
+@click.option("--out", type=PATH, required=True, help="Directory of bundles.")
+@CACHE
+@JSON
+def export(run_dir: Path, out: Path, cache: Path, as_json: bool) -> None:
+    """Write a run as a bundle: ONNX, schema, golden rows; refused if ONNX scores otherwise."""
+    from model.contract.encode import Encoder
+    from model.dataset import load_data
+    from model.export import export_bundle
+    from model.run import read_run
+
+    run = read_run(run_dir)
+    with _spinner() as say:
+        encoded = load_data(run.config, cache=cache, progress=say)
+        say("exporting and comparing with the network")
+        path = export_bundle(
+            run.net,
+            run.calibrators,
+            encoder=Encoder(run.fitted),
+            train=encoded.splits["train"],
+            out=out,
+            training={
+                "config": run.config.model_copy(
+                    update={"data": _names_only(run.config.data)}
+                ).dump(),
+                "time_range": [format_time(t) for t in run.training["data"]["time_range"]],
+                "splits": run.training["data"]["splits"],
+                "best_step": run.training["best_step"],
+            },
+            metrics=_without_nan(run.evaluation),
+            last_time=run.last_time,
+        )
+    click.echo(json.dumps({"bundle": str(path)}) if as_json else str(path))
+
+
+@click.command()
+@click.argument("bundle", type=PATH)
+@JSON
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Show what a bundle holds and what it costs to run."""
+    from model.contract.bundle import read_bundle
+    from model.cost import run_cost
+
+    read = read_bundle(bundle)
+    manifest = read.manifest
+    cost = run_cost(read)
+    if as_json:
+        click.echo(json.dumps({"manifest": manifest.model_dump(mode="json"), "cost": cost}))
+        return
+    table = Table("what", "value", title=f"bundle {manifest.bundle_id}", show_header=False)
+    table.add_row("made", manifest.created_at)
+    table.add_row("steps", " -> ".join(manifest.steps))
+    table.add_row("outputs", ", ".join(manifest.outputs))
+    for name, entry in manifest.files.items():
+        table.add_row(name, f"{entry.bytes:,} bytes")
+    for name, fitted in manifest.calibration.items():
+        table.add_row(f"calibration of {name}", fitted["method"])
+    for key, value in cost.items():
+        table.add_row(key, f"{value:,.1f}" if isinstance(value, float) else f"{value:,}")
+    Console().print(table)
+    schema_table = Table("feature", "kind", "scope", "source", "codes", title="schema")
+    for feature in read.fitted.schema_.features:
+        codes = read.fitted.vocabularies.get(feature.name)
+        size = f"{len(codes):,}" if codes is not None else ""
+        schema_table.add_row(feature.name, feature.kind, feature.scope, feature.source, size)
+    Console().print(schema_table)
+    if manifest.metrics:
+        _print_metrics(manifest.metrics)
+
+
+@click.command()
+@click.argument("run_or_config", type=PATH, metavar="RUN_OR_CONFIG")
+@click.option("--as-of", required=True, metavar="TIME", help="RFC 3339, or 'end' of the log.")
+@click.option("--out", type=PATH, required=True, help="Directory for the two files.")
+@JSON
+def snapshot(run_or_config: Path, as_of: str, out: Path, as_json: bool) -> None:
+    """Make user records (records.parquet) and the item snapshot (items.parquet) as of a time."""
+    from model.run import config_of
+    from model.snapshot import last_event_time, write_snapshot
+
+    config = config_of(run_or_config)
+    with _spinner() as say:
+        time = last_event_time(config) if as_of == "end" else parse_time(as_of, field="--as-of")
+        made = write_snapshot(config, as_of=time, out=out, progress=say)
+    facts = {
+        "as_of": format_time(time),
+        **{key: str(v) if isinstance(v, Path) else v for key, v in vars(made).items()},
+    }
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    click.echo(
+        f"{made.records}: {made.num_users:,} user records as of {facts['as_of']}, median "
+        f"{made.median_record_bytes:,} bytes, largest {made.largest_record_bytes:,}\n"
+        f"{made.items}: {made.num_items:,} items"
+    )
+
+
+@contextmanager
+def _spinner() -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr whose text is what is being done."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("starting", total=None)
+        yield lambda text: progress.update(task, description=text)
+
+
+@contextmanager
+def _training_progress() -> Iterator[Any]:  # Any: model.train.Progress, which imports torch
+    """A bar per epoch on stderr, and a line per evaluation."""
+    from model.train import Progress as TrainingProgress
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("loss {task.fields[loss]:.5f}"),
+    )
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[int, Any] = {}  # Any: rich's task ids
+
+        def on_rows(epoch: int, done: int, total: int, loss: float) -> None:
+            if epoch not in tasks:
+                tasks[epoch] = bars.add_task(f"epoch {epoch + 1}", total=total, loss=loss)
+            bars.update(tasks[epoch], completed=done, loss=loss)
+
+        def on_evaluation(step: int, metrics: dict[str, Any]) -> None:
+            aucs = ", ".join(
+                f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("auc_")
+            )
+            bars.console.print(f"step {step}: validation {aucs}")
+
+        yield TrainingProgress(on_rows=on_rows, on_evaluation=on_evaluation)
+
+
+def _print_metrics(by_name: dict[str, dict[str, Any]]) -> None:
+    """One row per metric, one column per named set of metrics."""
+    table = Table("metric", *(name.replace("_", " ") for name in by_name))
+    for metric in next(iter(by_name.values())):
+        if metric in ("step", "loss"):
+            continue
+        cells = [_cell(metrics.get(metric)) for metrics in by_name.values()]
+        table.add_row(metric, *cells)
+    Console().print(table)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, list):
+        return " to ".join(f"{float(part):.3f}" for part in value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value.is_integer() and value >= 10 else f"{value:.6g}"
+    return "" if value is None else str(value)
+
+
+def _without_nan(value: Any) -> Any:  # Any: JSON values
+    """NaN (an AUC of one class only) as null: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _names_only(data_config: Any) -> Any:  # Any: model.config.DataConfig
+    """File names without their directories: a bundle does not tell where its maker kept files."""
+    names = {name: Path(v.name) for name, v in data_config if isinstance(v, Path)}
+    return data_config.model_copy(update=names)
