@@ -351,11 +351,11 @@ def _report(
 
 
 def _cache_key(config: TrainConfig, schema: Schema) -> str:
-    files = {}
-    for name, path in config.data:
-        if isinstance(path, Path) and name != "schema_file":
-            stat = path.stat() if path.exists() else None
-            files[name] = [str(path), *((stat.st_size, stat.st_mtime_ns) if stat else ())]
+    files = {
+        name: _file_digest(path)
+        for name, path in config.data
+        if isinstance(path, Path) and name != "schema_file"
+    }
     content = [
         CACHE_VERSION,
         schema.model_dump_json(),
@@ -364,6 +364,18 @@ def _cache_key(config: TrainConfig, schema: Schema) -> str:
         files,
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def _file_digest(path: Path) -> str:
+    """Of the content: data made again the same way is found again."""
+    digest = hashlib.sha256()
+    try:
+        for part in sorted(path.glob("*.parquet")) if path.is_dir() else [path]:
+            with part.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    except OSError as exc:
+        raise LogError(f"cannot read {path}: {exc.strerror}", path=path) from exc
+    return digest.hexdigest()
 
 
 def _write_cache(directory: Path, data: EncodedData) -> None:

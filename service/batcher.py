@@ -144,7 +144,11 @@ class MicroBatcher(Generic[Item, Result]):
             raise ValueError(f"size of an item: got {rows} rows, expected at least 1")
         now = loop.time()
         self._refuse(rows, is_expired=deadline <= now)
-        entry: _Entry[Item, Result] = _Entry(item, rows, deadline, now, loop.create_future())
+        # Not the loop's time: uvloop tells it in whole milliseconds.
+        enqueued_at = time.perf_counter()
+        entry: _Entry[Item, Result] = _Entry(
+            item, rows, deadline, enqueued_at, loop.create_future()
+        )
         self._queue[entry] = None
         self._set_queued_rows(self._queued_rows + rows)
         self._wake(loop)
@@ -256,7 +260,7 @@ class MicroBatcher(Generic[Item, Result]):
             del self._queue[entry]
             batch.append(entry)
             rows += entry.rows
-            self._observer.request_waited(seconds=now - entry.enqueued_at)
+            self._observer.request_waited(seconds=time.perf_counter() - entry.enqueued_at)
         if batch:
             self._set_queued_rows(self._queued_rows - rows)
         return batch

@@ -1,0 +1,214 @@
+"""The model in ONNX Runtime, on threads of its own; the service's only door to that library.
+
+Knows blocks and outputs, no features and no requests.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from model.contract.blocks import Blocks, CandidateBlock, RequestBlock
+from model.contract.bundle import (
+    GOLDEN_ENCODED,
+    MODEL,
+    Bundle,
+    check_golden_blocks,
+    parity_excess,
+)
+from model.contract.encode import Encoder
+from model.contract.errors import BundleCorrupt, BundleRejected
+
+_log = logging.getLogger(__name__)
+
+Outputs = Mapping[str, npt.NDArray[np.float32]]
+
+_WARM_UP_ROWS = (1, 10, 100)
+
+
+class Runtime:
+    """One session and its executor. Immutable; `run` may be called from any thread."""
+
+    def __init__(self, model: bytes, *, num_runners: int, intra_op_threads: int) -> None:
+        """Builds the session; seconds for a large model.
+
+        Args:
+            model: An ONNX file's content.
+            num_runners: Threads of `executor`: runs at the same time.
+            intra_op_threads: Threads inside one run.
+
+        Raises:
+            BundleCorrupt: ONNX Runtime cannot load the model.
+        """
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = intra_op_threads
+        options.inter_op_num_threads = 1
+        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        # Spinning threads win microseconds on an idle machine and lose milliseconds on a busy one.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        try:
+            self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as exc:  # the library's errors share no base class but this one
+            raise BundleCorrupt(f"{MODEL}: {_first_line(exc)}", where=MODEL) from exc
+        self._input_names = tuple(entry.name for entry in self._session.get_inputs())
+        self._output_names = tuple(entry.name for entry in self._session.get_outputs())
+        self._executor = ThreadPoolExecutor(num_runners, thread_name_prefix="onnx")
+
+    @property
+    def executor(self) -> ThreadPoolExecutor:
+        """Where `run` belongs; closed by `close`."""
+        return self._executor
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The graph's inputs."""
+        return self._input_names
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The graph's outputs, in its order."""
+        return self._output_names
+
+    def run(self, blocks: Blocks) -> Outputs:
+        """Scores the candidates: float32 [N] by output name. Blocks the calling thread.
+
+        Raises:
+            Exception: ONNX Runtime's own errors, which share no base class.
+        """
+        feeds = blocks.feeds()
+        arrays = self._session.run(
+            self._output_names,
+            {name: feeds[name] for name in self._input_names},
+        )
+        return dict(zip(self._output_names, arrays, strict=True))
+
+    def run_together(self, requests: list[Blocks]) -> list[Outputs]:
+        """Scores several requests in one run and hands each its own candidates."""
+        if len(requests) == 1:
+            return [self.run(requests[0])]
+        return split(self.run(combine(requests)), requests)
+
+    def close(self) -> None:
+        """Lets the threads go; a run under way ends by itself."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+def load_runtime(
+    bundle: Bundle,
+    encoder: Encoder,
+    *,
+    num_runners: int,
+    intra_op_threads: int,
+    max_batch_rows: int,
+) -> Runtime:
+    """Builds the runtime of a bundle, tests it on the golden rows and warms it up.
+
+    Raises:
+        BundleCorrupt: ONNX Runtime cannot load the model.
+        BundleRejected: Inputs, outputs or golden answers are not what the trainer wrote.
+    """
+    check_golden_blocks(bundle, encoder)
+    runtime = Runtime(bundle.model, num_runners=num_runners, intra_op_threads=intra_op_threads)
+    try:
+        _check_names(bundle, runtime)
+        _check_golden_answers(bundle, runtime)
+        for num_rows in (*_WARM_UP_ROWS, max_batch_rows):
+            runtime.run(_repeat(bundle.golden.blocks, num_rows))
+    except BaseException:
+        runtime.close()
+        raise
+    return runtime
+
+
+def combine(requests: Sequence[Blocks]) -> Blocks:
+    """Puts the requests' blocks one after another."""
+    sizes = np.array([len(blocks.request) for blocks in requests], np.int64)
+    offsets = np.cumsum(sizes) - sizes
+    return Blocks(
+        request=RequestBlock(
+            ids=np.concatenate([blocks.request.ids for blocks in requests]),
+            dense=np.concatenate([blocks.request.dense for blocks in requests]),
+            history=np.concatenate([blocks.request.history for blocks in requests]),
+        ),
+        candidate=CandidateBlock(
+            ids=np.concatenate([blocks.candidate.ids for blocks in requests]),
+            dense=np.concatenate([blocks.candidate.dense for blocks in requests]),
+        ),
+        request_of=np.concatenate(
+            [blocks.request_of + offset for blocks, offset in zip(requests, offsets, strict=True)]
+        ),
+    )
+
+
+def split(outputs: Outputs, requests: Sequence[Blocks]) -> list[Outputs]:
+    """Undoes `combine` for the outputs."""
+    ends = np.cumsum([len(blocks) for blocks in requests]).tolist()
+    starts = [0, *ends[:-1]]
+    return [
+        {name: array[start:end] for name, array in outputs.items()}
+        for start, end in zip(starts, ends, strict=True)
+    ]
+
+
+def _check_names(bundle: Bundle, runtime: Runtime) -> None:
+    expected_inputs, expected_outputs = bundle.manifest.inputs, bundle.manifest.outputs
+    feeds = bundle.golden.blocks.feeds()
+    if not len(bundle.golden.blocks):
+        raise BundleRejected(f"{bundle.path}: there are no golden rows", where=GOLDEN_ENCODED)
+    for what, actual, expected in (
+        ("inputs", set(runtime.input_names), set(expected_inputs)),
+        ("outputs", set(runtime.output_names), set(expected_outputs)),
+        ("outputs", set(bundle.golden.expected), set(expected_outputs)),
+        ("inputs", set(runtime.input_names) - set(feeds), set[str]()),
+    ):
+        if actual != expected:
+            raise BundleRejected(
+                f"{bundle.path}: the graph's {what} are {', '.join(sorted(actual))}, "
+                f"expected {', '.join(sorted(expected))}",
+                where=MODEL,
+            )
+
+
+def _check_golden_answers(bundle: Bundle, runtime: Runtime) -> None:
+    try:
+        outputs = runtime.run(bundle.golden.blocks)
+    except Exception as exc:  # the library's errors share no base class but this one
+        raise BundleRejected(
+            f"{bundle.path}: the model cannot run: {_first_line(exc)}", where=MODEL
+        ) from exc
+    for name, expected in bundle.golden.expected.items():
+        actual: npt.NDArray[Any] = outputs[name]
+        if actual.dtype != np.float32 or actual.shape != expected.shape:
+            raise BundleRejected(
+                f"{bundle.path}: output {name} is {actual.dtype} {list(actual.shape)}, "
+                f"expected float32 {list(expected.shape)}",
+                where=MODEL,
+            )
+        absolute, relative, fits = parity_excess(expected, actual)
+        if not fits:
+            raise BundleRejected(
+                f"{bundle.path}: golden rows score another {name} here "
+                f"(largest difference {absolute:.2g}, relative {relative:.2g})",
+                where=MODEL,
+            )
+        _log.info("golden rows: %s differs by %.2g at most", name, absolute)
+
+
+def _repeat(blocks: Blocks, num_rows: int) -> Blocks:
+    rows = np.arange(num_rows) % len(blocks)
+    return Blocks(
+        request=blocks.request,
+        candidate=CandidateBlock(
+            ids=blocks.candidate.ids[rows], dense=blocks.candidate.dense[rows]
+        ),
+        request_of=blocks.request_of[rows],
+    )
+
+
+def _first_line(exc: Exception) -> str:
+    return str(exc).partition("\n")[0][:200]

@@ -1,0 +1,158 @@
+"""The HTTP server process: listens, announces itself, and leaves without dropping a request."""
+
+import asyncio
+import gc
+import importlib.util
+import logging
+import math
+import signal
+import socket
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from service.api import ServiceStatus
+from service.settings import Settings, SettingsError
+
+_log = logging.getLogger(__name__)
+
+_KEEP_ALIVE_S = 75  # longer than the usual 60 s of a load balancer, which then closes first
+_FORCED_CLOSE_S = 1.0
+
+
+class ScoringServer(uvicorn.Server):
+    """Serves one app until a signal.
+
+    The first SIGTERM or SIGINT fails readiness; after `drain_delay_ms`, during which requests are
+    still answered, it stops listening and finishes what it has within `drain_timeout_ms`. A second
+    signal ends it at once. Errors of the app's lifespan leave `run` as they are.
+    """
+
+    def __init__(
+        self, app: FastAPI, settings: Settings, *, announce: Callable[[str], None]
+    ) -> None:
+        """Prepares the server; `run` opens everything.
+
+        Args:
+            app: Made by `create_app`.
+            settings: Address and drain times.
+            announce: Called with the server's URL once it answers.
+        """
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http="httptools" if _is_installed("httptools") else "h11",
+                loop="uvloop" if _is_installed("uvloop") else "asyncio",
+                ws="none",
+                lifespan="off",  # entered here, so that its errors reach the command line
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=_KEEP_ALIVE_S,
+                timeout_graceful_shutdown=math.ceil(settings.drain_timeout_ms / 1000),
+            )
+        )
+        self._app = app
+        self._announce = announce
+        self._drain_delay_s = settings.drain_delay_ms / 1000
+        self._leave_at: float | None = None
+        self._forced_by: int | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._lifespan_stack = AsyncExitStack()
+
+    @property
+    def exit_code(self) -> int:
+        """0 after a drain, 128 + signal if a second one cut it short."""
+        return 0 if self._forced_by is None else 128 + self._forced_by
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Opens the app, then listens."""
+        self._loop = asyncio.get_running_loop()
+        lifespan = self._app.router.lifespan_context(self._app)
+        await self._lifespan_stack.enter_async_context(lifespan)
+        try:
+            await super().startup(sockets)
+        except BaseException:
+            await self._lifespan_stack.aclose()
+            raise
+        # What was built until now lives as long as the process: no need to look at it again.
+        gc.collect()
+        gc.freeze()
+        if sockets:
+            self._announce(_url(sockets[0]))
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finishes the requests under way, then closes the app."""
+        await super().shutdown(sockets)
+        try:
+            async with asyncio.timeout(_FORCED_CLOSE_S if self.force_exit else None):
+                await self._lifespan_stack.aclose()
+        except TimeoutError:
+            _log.warning("closed by force")
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ends the main loop once the drain delay is over."""
+        if self._leave_at is not None and time.monotonic() >= self._leave_at:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called for each signal, between any two instructions: so no lock is taken here."""
+        del frame
+        if self._leave_at is not None:
+            self._forced_by = sig
+            self.should_exit = self.force_exit = True
+            return
+        self._leave_at = time.monotonic() + self._drain_delay_s
+        if self._loop is None or not self.started:
+            self.should_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self._begin_drain, sig)
+
+    def _begin_drain(self, sig: int) -> None:
+        _log.info("%s: draining", signal.Signals(sig).name)
+        status: ServiceStatus = self._app.state.status
+        status.begin_drain()
+
+
+def run_server(app: FastAPI, settings: Settings, *, announce: Callable[[str], None]) -> int:
+    """Serves until a signal and returns the process's exit code.
+
+    Raises:
+        SettingsError: The address cannot be listened on.
+    """
+    listener = _bind(settings.host, settings.port)
+    try:
+        server = ScoringServer(app, settings, announce=announce)
+        server.run(sockets=[listener])
+    finally:
+        listener.close()
+    return server.exit_code
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    # Bound before the bundle is loaded, so that a taken port is reported at once.
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as exc:
+        listener.close()
+        raise SettingsError(
+            f"CTR_HOST, CTR_PORT: cannot listen on {host}:{port}: {exc.strerror}"
+        ) from exc
+    return listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None

@@ -1,0 +1,88 @@
+"""The serving state: one bundle, its session and the item table encoded by it, built together."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.contract.blocks import Blocks
+from model.contract.bundle import Manifest, read_bundle
+from model.contract.encode import Encoder
+from service.batcher import BatchObserver, MicroBatcher
+from service.features import FeatureSource
+from service.items import ItemTable, empty_item_table, load_item_table
+from service.runtime import Outputs, Runtime, load_runtime
+from service.settings import BatchSettings
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingState:
+    """What answers are made from; a request keeps the one it began with.
+
+    Attributes:
+        manifest: The bundle's.
+        encoder: By the bundle's fitted schema.
+        runtime: Tested on the golden rows; closed by the owner of the state.
+        items: Encoded by `encoder`.
+        features: Puts a request's features together from `encoder` and `items`.
+    """
+
+    manifest: Manifest
+    encoder: Encoder
+    runtime: Runtime
+    items: ItemTable
+    features: FeatureSource
+
+    def make_batcher(
+        self, *, batch: BatchSettings, observer: BatchObserver
+    ) -> MicroBatcher[Blocks, Outputs]:
+        """A micro-batcher in front of the runtime; closed before it."""
+        return MicroBatcher(
+            self.runtime.run_together,
+            size=len,
+            executor=self.runtime.executor,
+            observer=observer,
+            max_batch_rows=batch.max_batch_rows,
+            max_queue_rows=batch.max_queue_rows,
+            num_runners=batch.num_runners,
+        )
+
+
+def load_serving_state(
+    bundle_path: Path, item_snapshot: Path | None, *, batch: BatchSettings
+) -> ServingState:
+    """Reads, verifies and tests a bundle, and encodes the items by it. Blocks for seconds.
+
+    Args:
+        bundle_path: The bundle's directory.
+        item_snapshot: Parquet file of items; None leaves every item unknown.
+        batch: Threads and rows of the model runs.
+
+    Raises:
+        BundleError: The bundle is missing, damaged, of another version, or answers otherwise here
+            than where it was made.
+        LogError: The item snapshot is missing or damaged.
+    """
+    bundle = read_bundle(bundle_path)
+    encoder = Encoder(bundle.fitted)
+    if item_snapshot is None:
+        _log.warning("no item snapshot: items are known by what each request says of them")
+        items = empty_item_table(encoder)
+    else:
+        items = load_item_table(item_snapshot, encoder)
+    runtime = load_runtime(
+        bundle,
+        encoder,
+        num_runners=batch.num_runners,
+        intra_op_threads=batch.intra_op_threads,
+        max_batch_rows=batch.max_batch_rows,
+    )
+    _log.info("bundle %s: %d items encoded", bundle.manifest.bundle_id, len(items))
+    return ServingState(
+        manifest=bundle.manifest,
+        encoder=encoder,
+        runtime=runtime,
+        items=items,
+        features=FeatureSource(encoder, items),
+    )

@@ -1,0 +1,222 @@
+"""The service's verbs of `ctr`: serve, score, load-records. Each parses, calls, prints."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from pydantic import SecretStr
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from model.contract.errors import LogError
+from model.contract.ids import canonical_id
+from service.settings import Settings, load_settings
+
+_PARQUET_MAGIC = b"PAR1"
+_SCORE_TIMEOUT_S = 60.0
+_DEFAULT_TTL_S = 30 * 24 * 3600
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command()
+@click.option("--bundle", type=_PATH, help="Bundle directory (CTR_BUNDLE).")
+@click.option("--items", type=_PATH, help="Item snapshot, Parquet (CTR_ITEM_SNAPSHOT).")
+@click.option("--host", help="Address to listen on (CTR_HOST).")
+@click.option("--port", type=int, help="Port to listen on, 0 for a free one (CTR_PORT).")
+def serve(bundle: Path | None, items: Path | None, host: str | None, port: int | None) -> None:
+    """Answer POST /score from a bundle until SIGTERM or Ctrl-C.
+
+    Without CTR_STORE__URL a Redis server of its own keeps user records in CTR_STORE__DATA_DIR.
+    """
+    from service.app import create_app
+    from service.observe import configure_logging
+    from service.server import run_server
+
+    settings = load_settings(bundle=bundle, item_snapshot=items, host=host, port=port)
+    if settings.bundle is None:
+        raise click.UsageError("no bundle: give --bundle DIR or set CTR_BUNDLE")
+    configure_logging(settings.log_level)
+
+    def announce(url: str) -> None:
+        click.echo(f"ctr serve: ready, POST {url}/score, documentation at {url}/docs", err=True)
+
+    with store_settings(settings) as complete:
+        code = run_server(create_app(complete), complete, announce=announce)
+    sys.exit(code)
+
+
+@click.command()
+@click.argument("request_file", type=click.File("rb"), default="-", metavar="[REQUEST]")
+@click.option("--bundle", type=_PATH, help="Bundle directory (CTR_BUNDLE).")
+@click.option("--items", type=_PATH, help="Item snapshot, Parquet (CTR_ITEM_SNAPSHOT).")
+@click.option(
+    "--record",
+    type=_PATH,
+    help="The user's record: its packed bytes, or a records file (Parquet) to look it up in.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the answer as POST /score gives it.")
+def score(
+    request_file: Any,  # Any: click's binary file
+    bundle: Path | None,
+    items: Path | None,
+    record: Path | None,
+    as_json: bool,
+) -> None:
+    """Score one request, as for POST /score, from a file or stdin, without a server."""
+    settings = load_settings(bundle=bundle, item_snapshot=items)
+    if settings.bundle is None:
+        raise click.UsageError("no bundle: give --bundle DIR or set CTR_BUNDLE")
+    logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
+    answer = asyncio.run(_score(settings, settings.bundle, request_file.read(), record))
+    if as_json:
+        click.echo(answer)
+    else:
+        _print_answer(json.loads(answer))
+
+
+@click.command()
+@click.argument("records", type=_PATH)
+@click.option(
+    "--ttl-s",
+    type=click.IntRange(min=0),
+    default=_DEFAULT_TTL_S,
+    show_default=True,
+    help="Seconds until the records expire; 0 keeps them.",
+)
+def load_records(records: Path, ttl_s: int) -> None:
+    """Write the user records of a file (Parquet: user_id, record) to the online store.
+
+    Without CTR_STORE__URL they go to the Redis server that `ctr serve` would start.
+    """
+    from service.materialize import count_records
+
+    settings = load_settings()
+    num_records = count_records(records)
+    with store_settings(settings) as complete, _progress() as progress:
+        task = progress.add_task("user records", total=num_records)
+        num_written = asyncio.run(
+            _load_records(
+                complete,
+                records,
+                ttl_s or None,
+                on_progress=lambda done: progress.update(task, completed=done),
+            )
+        )
+    click.echo(f"{num_written} user records written")
+
+
+@contextlib.contextmanager
+def store_settings(settings: Settings) -> Iterator[Settings]:
+    """Settings with the URL of a store: of a Redis server of our own if none is set.
+
+    Raises:
+        StoreUnavailable: The server cannot be started.
+    """
+    if settings.store.url is not None:
+        yield settings
+        return
+    from service.stores.embedded import EmbeddedRedis
+
+    with EmbeddedRedis(settings.store.data_dir) as server:
+        store = settings.store.model_copy(update={"url": SecretStr(server.url)})
+        yield settings.model_copy(update={"store": store})
+
+
+async def _load_records(
+    settings: Settings, path: Path, ttl_s: int | None, *, on_progress: Callable[[int], None]
+) -> int:
+    from service.materialize import load_records as load
+    from service.stores import open_store
+
+    assert settings.store.url is not None  # `store_settings` has set it.
+    store = open_store(settings.store.url.get_secret_value(), settings.store)
+    try:
+        await store.ping()
+        return await load(path, store, ttl_s=ttl_s, on_progress=on_progress)
+    finally:
+        await store.aclose()
+
+
+async def _score(settings: Settings, bundle: Path, data: bytes, record_path: Path | None) -> bytes:
+    from service.observe import Metrics
+    from service.scorer import Scorer
+    from service.state import load_serving_state
+    from service.stores.memory import MemoryStore
+    from service.wire import encode_answer, parse_body
+
+    body = parse_body(data, limits=settings.limits)
+    state = load_serving_state(bundle, settings.item_snapshot, batch=settings.batch)
+    metrics, store = Metrics(), MemoryStore()
+    batcher = state.make_batcher(batch=settings.batch, observer=metrics)
+    try:
+        record = None if record_path is None else _read_record(record_path, body.request.user_id)
+        if record is not None:
+            await store.set_many([record], ttl_s=None)
+        scorer = Scorer(
+            state, store=store, batcher=batcher, metrics=metrics, settings=settings.store
+        )
+        deadline = asyncio.get_running_loop().time() + _SCORE_TIMEOUT_S
+        result = await scorer.score(body.request, deadline=deadline)
+    finally:
+        await batcher.close(0)
+        state.runtime.close()
+        await store.aclose()
+    return encode_answer(result, request_id=body.request_id or "ctr-score")
+
+
+def _read_record(path: Path, user_id: object) -> tuple[str, bytes] | None:
+    from service.materialize import find_record
+
+    try:
+        canonical = canonical_id(user_id)
+    except TypeError:
+        return None  # The scorer names the field.
+    if canonical is None:
+        return None
+    try:
+        data = path.read_bytes()
+    except OSError as exc:
+        raise LogError(f"record {path}: {exc.strerror}", path=path) from exc
+    if data.startswith(_PARQUET_MAGIC):
+        found = find_record(path, canonical)
+        return None if found is None else (canonical, found)
+    return canonical, data
+
+
+def _print_answer(answer: dict[str, Any]) -> None:  # Any: JSON values
+    console = Console()
+    notes = [f"bundle {answer['bundle']}", f"user {answer['user_status']}"]
+    notes += [f"degraded: {name}" for name in answer["degraded"]]
+    if answer["ignored_features"]:
+        notes.append("ignored: " + ", ".join(answer["ignored_features"]))
+    table = Table(caption=", ".join(notes), caption_justify="left")
+    names = list(answer["items"][0])
+    for name in names:
+        table.add_column(name, justify="left" if name in ("item_id", "status") else "right")
+    for item in answer["items"]:
+        table.add_row(*(_cell(name, item[name]) for name in names))
+    console.print(table)
+
+
+def _cell(name: str, value: object) -> str:
+    return f"{value:.6f}" if isinstance(value, float) and name != "item_id" else str(value)
+
+
+def _progress() -> Progress:
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )

@@ -1,0 +1,133 @@
+"""Fixtures for every test: a clean environment, loopback only, the tiny bundle and its app."""
+
+import os
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx
+import pytest
+import tiny
+from fastapi import FastAPI
+
+from model.contract.record import UserRecord, pack_record
+from service.app import create_app
+from service.settings import BatchSettings, Settings, load_settings
+from service.state import ServingState, load_serving_state
+from service.stores.base import OnlineStore
+from service.stores.memory import MemoryStore
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.upper().startswith("CTR_") or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _loopback_only() -> Iterator[None]:
+    real_connect = socket.socket.connect
+
+    def connect(self: socket.socket, address: Any) -> None:
+        is_local = self.family == socket.AF_UNIX or str(address[0]).startswith("127.")
+        if not (is_local or address[0] in ("::1", "localhost")):
+            raise AssertionError(f"a test connects to {address}: loopback only")
+        real_connect(self, address)
+
+    socket.socket.connect = connect  # type: ignore[method-assign]
+    yield
+    socket.socket.connect = real_connect  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a bundle whose schema has every feature kind; see `tiny`."""
+    return tiny.write(tmp_path_factory.mktemp("bundles"))
+
+
+@pytest.fixture(scope="session")
+def tiny_items(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Item snapshot of items 1 to 4."""
+    path = tmp_path_factory.mktemp("items") / "items.parquet"
+    tiny.item_snapshot().write_parquet(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_state(tiny_bundle: Path, tiny_items: Path) -> Iterator[ServingState]:
+    """The tiny bundle, tested and ready, with its items."""
+    state = load_serving_state(tiny_bundle, tiny_items, batch=BatchSettings())
+    yield state
+    state.runtime.close()
+
+
+@pytest.fixture
+def settings(tiny_bundle: Path, tiny_items: Path) -> Settings:
+    """For the tiny bundle and its items; no store URL."""
+    return load_settings(
+        bundle=tiny_bundle,
+        item_snapshot=tiny_items,
+        limits={"timeout_ms": 20_000, "max_timeout_ms": 30_000},
+        store={"timeout_ms": 1000},
+    )
+
+
+@dataclass
+class RunningApp:
+    """An app inside its lifespan, and a client of it."""
+
+    app: FastAPI
+    client: httpx.AsyncClient
+    store: OnlineStore
+
+    async def put_record(self, user_id: str, record: UserRecord | bytes) -> None:
+        data = record if isinstance(record, bytes) else pack_record(record)
+        await self.store.set_many([(user_id, data)], ttl_s=None)
+
+
+class StartApp(Protocol):
+    def __call__(
+        self, settings: Settings, store: OnlineStore | None = None
+    ) -> AbstractAsyncContextManager[RunningApp]: ...
+
+
+@pytest.fixture
+def start_app() -> StartApp:
+    """Runs an app with other settings or another store; ASGITransport enters no lifespan."""
+
+    @asynccontextmanager
+    async def start(
+        settings: Settings, store: OnlineStore | None = None
+    ) -> AsyncIterator[RunningApp]:
+        store = MemoryStore() if store is None else store
+        app = create_app(settings, store=store)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://service") as client,
+        ):
+            yield RunningApp(app, client, store)
+
+    return start
+
+
+@pytest.fixture
+async def running(settings: Settings, start_app: StartApp) -> AsyncIterator[RunningApp]:
+    """The tiny app; household 7 has a record."""
+    async with start_app(settings) as app:
+        await app.put_record("7", tiny.record())
+        yield app
+
+
+@pytest.fixture
+def client(running: RunningApp) -> httpx.AsyncClient:
+    return running.client

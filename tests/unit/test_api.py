@@ -1,0 +1,491 @@
+import asyncio
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import tiny
+from conftest import RunningApp, StartApp
+from fakes import FailingStore, SilentStore
+from starlette.types import Message
+
+from service.api import PROBLEMS, ServiceStatus
+from service.app import create_app
+from service.errors import (
+    DeadlineExceeded,
+    InferenceFailed,
+    NotReady,
+    Overloaded,
+    ServiceError,
+    ShuttingDown,
+    StoreMisconfigured,
+    StoreUnavailable,
+    error_codes,
+)
+from service.openapi import ANSWER_EXAMPLE, REQUEST_EXAMPLES
+from service.scorer import ScoreRequest, ScoreResult
+from service.settings import Settings
+
+pytestmark = pytest.mark.anyio
+
+BODY: dict[str, Any] = {"user_id": 7, "time": tiny.NOON_TEXT, "candidates": [1, "2", 3.0, 99]}
+
+
+def assert_problem(
+    response: httpx.Response, status: int, code: str, *, field: str | None = None
+) -> dict[str, Any]:
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/problem+json"
+    problem: dict[str, Any] = response.json()
+    keys = {"type", "title", "status", "code", "detail", "request_id"}
+    assert set(problem) == keys | ({"field"} if field is not None else set())
+    assert problem["status"] == status
+    assert problem["code"] == code
+    assert problem.get("field") == field
+    assert problem["detail"]
+    assert problem["request_id"] == response.headers["x-request-id"]
+    return problem
+
+
+async def metrics_text(client: httpx.AsyncClient) -> str:
+    return (await client.get("/metrics")).text
+
+
+async def post_asgi(running: RunningApp, messages: list[Message]) -> tuple[list[Message], int]:
+    """Sends these messages as the request; returns the answer and how many were read."""
+    sent: list[Message] = []
+    unread = list(messages)
+
+    async def receive() -> Message:
+        return unread.pop(0)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/score",
+        "query_string": b"",
+        "headers": [],
+    }
+    await running.app(scope, receive, send)
+    return sent, len(messages) - len(unread)
+
+
+async def test_score_answers_in_the_order_asked(running: RunningApp) -> None:
+    response = await running.client.post("/score", json=BODY)
+
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "application/json"
+    answer = response.json()
+    assert answer["user_status"] == "ok"
+    assert answer["degraded"] == []
+    assert answer["ignored_features"] == []
+    assert answer["request_id"] == response.headers["x-request-id"]
+    assert [item["item_id"] for item in answer["items"]] == [1, "2", 3.0, 99]
+    statuses = [item["status"] for item in answer["items"]]
+    assert statuses == ["ok", "ok", "ok", "unknown_item"]
+    for item in answer["items"]:
+        assert set(item) == {"item_id", "pctr", "pcvr", "pctcvr", "status"}
+        assert 0 < item["pctcvr"] <= item["pctr"] < 1
+
+
+async def test_three_forms_of_one_request_score_the_same(client: httpx.AsyncClient) -> None:
+    plain = {"user_id": 7, "time": tiny.NOON_TEXT}
+    objects = [{"item_id": 1, "display": "5"}, {"item_id": 2, "display": None}]
+    columns = {"item_id": [1, 2], "display": ["5", None]}
+
+    by_object = await client.post("/score", json={**plain, "candidates": objects})
+    by_column = await client.post("/score", json={**plain, "candidates": columns})
+    by_id = await client.post("/score", json={**plain, "candidates": [1, 2]})
+
+    assert by_object.json()["items"] == by_column.json()["items"]
+    # Item 1 has another display, item 2 is as it was.
+    assert by_id.json()["items"][0] != by_object.json()["items"][0]
+
+
+async def test_duplicates_are_each_answered(client: httpx.AsyncClient) -> None:
+    response = await client.post("/score", json={**BODY, "candidates": [1, 1, "1"]})
+
+    items = response.json()["items"]
+    assert [item["item_id"] for item in items] == [1, 1, "1"]
+    assert len({item["pctr"] for item in items}) == 1
+
+
+@pytest.mark.parametrize("name", REQUEST_EXAMPLES)
+async def test_documented_examples_work(client: httpx.AsyncClient, name: str) -> None:
+    response = await client.post("/score", json=REQUEST_EXAMPLES[name]["value"])
+
+    assert response.status_code == 200
+    answer = response.json()
+    assert set(answer) == set(ANSWER_EXAMPLE)
+    assert set(answer["items"][0]) == set(ANSWER_EXAMPLE["items"][0])
+
+
+async def test_openapi_describes_the_routes_there_are(running: RunningApp) -> None:
+    document = (await running.client.get("/openapi.json")).json()
+
+    assert set(document["paths"]) == {"/score", "/healthz", "/readyz", "/metrics"}
+    for path, methods in document["paths"].items():
+        for method in methods:
+            response = await running.client.request(method, path)
+            assert response.status_code not in (404, 405), path
+    texts = json.dumps(document)
+    for reference in set(re.findall(r"#/components/schemas/(\w+)", texts)):
+        assert reference in document["components"]["schemas"]
+    scored = document["paths"]["/score"]["post"]["responses"]
+    documented = {int(status) for status in scored if status != "200"}
+    own = set(error_codes()) | {"internal_error"}
+    assert documented == {PROBLEMS[code].status for code in own}
+
+
+async def test_docs_page_is_there(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/docs")).status_code == 200
+
+
+def test_every_service_error_has_a_status() -> None:
+    def leaves(root: type[ServiceError]) -> list[type[ServiceError]]:
+        children = root.__subclasses__()
+        return [leaf for child in children for leaf in leaves(child)] or [root]
+
+    codes = {leaf.code for leaf in leaves(ServiceError)} | {ServiceError.code}
+
+    assert len(codes) >= 12
+    assert codes <= set(PROBLEMS)
+    assert {PROBLEMS[code].status for code in codes} == {413, 422, 500, 503, 504}
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "status", "code"),
+    [
+        ("/nowhere", "GET", 404, "not_found"),
+        ("/score/", "POST", 404, "not_found"),
+        ("/score", "GET", 405, "method_not_allowed"),
+        ("/score", "DELETE", 405, "method_not_allowed"),
+        ("/readyz", "POST", 405, "method_not_allowed"),
+    ],
+)
+async def test_wrong_path_or_method_is_a_problem(
+    client: httpx.AsyncClient, path: str, method: str, status: int, code: str
+) -> None:
+    response = await client.request(method, path)
+
+    assert_problem(response, status, code)
+    if status == 405:
+        assert response.headers["allow"] in ("POST", "GET")
+
+
+@pytest.mark.parametrize(
+    ("content", "field"),
+    [
+        (b"{", "body"),
+        (b"", "body"),
+        (b'{"user_id":NaN,"candidates":[1]}', "body"),
+        (b'{"user_id":1,"candidates":[]}', "candidates"),
+        (b'{"user_id":1,"candidates":[1],"time":"noon"}', "time"),
+        (b'{"user_id":1,"candidates":[1.5]}', "candidates[0]"),
+        (b'{"user_id":1,"candidates":[1],"context":{"store_id":[]}}', "context.store_id"),
+        (b'{"user_id":1,"candidates":[{"item_id":1,"display":2.5}]}', "candidates[0].display"),
+        (b'{"user_id":1,"candidates":[1],"bundle":"x"}', "bundle"),
+    ],
+)
+async def test_bad_request_is_a_problem_with_its_field(
+    client: httpx.AsyncClient, content: bytes, field: str
+) -> None:
+    response = await client.post("/score", content=content)
+
+    assert_problem(response, 422, "invalid_request", field=field)
+    assert 'outcome="invalid_request"} 1.0' in await metrics_text(client)
+
+
+async def test_too_many_candidates_is_413(client: httpx.AsyncClient) -> None:
+    response = await client.post("/score", json={**BODY, "candidates": [1] * 1001})
+
+    assert_problem(response, 413, "too_many_candidates")
+
+
+async def test_most_candidates_are_scored(client: httpx.AsyncClient) -> None:
+    response = await client.post("/score", json={**BODY, "candidates": [1] * 1000})
+
+    assert len(response.json()["items"]) == 1000
+
+
+async def test_too_long_a_body_is_refused_by_its_header(
+    settings: Settings, start_app: StartApp
+) -> None:
+    limits = settings.limits.model_copy(update={"body_limit_bytes": 1024})
+    async with start_app(settings.model_copy(update={"limits": limits})) as running:
+        response = await running.client.post("/score", content=b" " * 1025)
+        longest = {**BODY, "context": {"x": "y" * (900 - len(json.dumps(BODY)))}}
+        accepted = await running.client.post("/score", json=longest)
+
+    assert_problem(response, 413, "payload_too_large")
+    assert response.headers["connection"] == "close"
+    assert accepted.status_code == 200
+
+
+async def test_too_long_a_chunked_body_is_not_read_to_its_end(
+    settings: Settings, start_app: StartApp
+) -> None:
+    limits = settings.limits.model_copy(update={"body_limit_bytes": 1024})
+    chunk = {"type": "http.request", "body": b" " * 600, "more_body": True}
+    async with start_app(settings.model_copy(update={"limits": limits})) as running:
+        sent, num_read = await post_asgi(running, [chunk] * 100)
+
+    assert sent[0]["status"] == 413
+    assert num_read == 2
+
+
+async def test_body_in_chunks_is_put_together(running: RunningApp) -> None:
+    data = json.dumps(BODY).encode()
+    chunks = [data[:10], b"", data[10:11], data[11:]]
+    messages: list[Message] = [
+        {"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks
+    ]
+    sent, _ = await post_asgi(running, [*messages, {"type": "http.request", "body": b""}])
+
+    assert sent[0]["status"] == 200
+    assert json.loads(sent[1]["body"])["user_status"] == "ok"
+
+
+async def test_caller_that_hangs_up_gets_no_answer(running: RunningApp) -> None:
+    start: Message = {"type": "http.request", "body": b"{", "more_body": True}
+    sent, _ = await post_asgi(running, [start, {"type": "http.disconnect"}])
+
+    assert sent == []
+    assert 'outcome="cancelled"} 1.0' in await metrics_text(running.client)
+
+
+async def test_body_that_does_not_come_is_given_up(settings: Settings, start_app: StartApp) -> None:
+    limits = settings.limits.model_copy(update={"timeout_ms": 10, "max_timeout_ms": 20})
+
+    async with start_app(settings.model_copy(update={"limits": limits})) as running:
+        sent: list[Message] = []
+
+        async def receive() -> Message:
+            if not sent:
+                await asyncio.Event().wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/score", "headers": []}
+        await running.app(scope, receive, send)
+
+    assert sent[0]["status"] == 504
+    assert json.loads(sent[1]["body"])["code"] == "deadline_exceeded"
+
+
+async def test_deadline_is_504(running: RunningApp) -> None:
+    running.app.state.status.scorer = Stuck()
+
+    response = await running.client.post("/score", json={**BODY, "timeout_ms": 30})
+
+    assert_problem(response, 504, "deadline_exceeded")
+
+
+class Stuck:
+    """A scorer that comes to no end before the deadline."""
+
+    async def score(self, request: ScoreRequest, *, deadline: float) -> ScoreResult:
+        try:
+            async with asyncio.timeout_at(deadline):
+                await asyncio.Event().wait()
+        except TimeoutError as exc:
+            raise DeadlineExceeded("the deadline passed") from exc
+        raise AssertionError("not reached")
+
+
+class Refusing:
+    """A scorer that raises."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    async def score(self, request: ScoreRequest, *, deadline: float) -> ScoreResult:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code", "retry_after"),
+    [
+        (Overloaded("full", retry_after_s=0.02), 503, "overloaded", "1"),
+        (Overloaded("full", retry_after_s=2.5), 503, "overloaded", "3"),
+        (NotReady("no bundle"), 503, "not_ready", "1"),
+        (ShuttingDown("leaving"), 503, "shutting_down", "1"),
+        (InferenceFailed("broken"), 500, "inference_failed", None),
+        (StoreUnavailable("leaked"), 500, "store_unavailable", None),
+        (ZeroDivisionError("a bug"), 500, "internal_error", None),
+    ],
+)
+async def test_error_while_scoring_is_a_problem(
+    running: RunningApp, error: Exception, status: int, code: str, retry_after: str | None
+) -> None:
+    running.app.state.status.scorer = Refusing(error)
+
+    response = await running.client.post("/score", json=BODY)
+
+    problem = assert_problem(response, status, code)
+    assert response.headers.get("retry-after") == retry_after
+    assert "a bug" not in problem["detail"]
+
+
+async def test_request_id_of_the_header_comes_back(client: httpx.AsyncClient) -> None:
+    headers = {"x-request-id": "page-1"}
+
+    scored = await client.post("/score", json=BODY, headers=headers)
+    refused = await client.post("/score", content=b"{", headers=headers)
+    healthy = await client.get("/healthz", headers=headers)
+
+    assert [r.headers["x-request-id"] for r in (scored, refused, healthy)] == ["page-1"] * 3
+    assert scored.json()["request_id"] == "page-1"
+    assert refused.json()["request_id"] == "page-1"
+
+
+async def test_request_id_of_the_body_wins(client: httpx.AsyncClient) -> None:
+    response = await client.post(
+        "/score", json={**BODY, "request_id": "body-1"}, headers={"x-request-id": "header-1"}
+    )
+
+    assert response.json()["request_id"] == "body-1"
+    assert response.headers["x-request-id"] == "body-1"
+
+
+@pytest.mark.parametrize("sent", ["", "x" * 129, "caf\u00e9".encode("latin-1")])
+async def test_unusable_request_id_is_replaced(
+    client: httpx.AsyncClient, sent: str | bytes
+) -> None:
+    response = await client.get("/healthz", headers={"x-request-id": sent})
+
+    assert re.fullmatch("[0-9a-f]{32}", response.headers["x-request-id"])
+
+
+async def test_store_outage_degrades_and_keeps_ready(
+    settings: Settings, start_app: StartApp
+) -> None:
+    store = FailingStore(StoreUnavailable("down"))
+    async with start_app(settings, store) as running:
+        response = await running.client.post("/score", json=BODY)
+        ready = await running.client.get("/readyz")
+        text = await metrics_text(running.client)
+
+    assert response.status_code == 200
+    assert response.json()["degraded"] == ["user_features"]
+    assert response.json()["user_status"] == "degraded"
+    assert ready.status_code == 200
+    assert 'scoring_request_seconds_count{outcome="degraded"} 1.0' in text
+
+
+async def test_silent_store_degrades_within_the_time_out(
+    settings: Settings, start_app: StartApp
+) -> None:
+    async with start_app(settings, SilentStore()) as running:
+        response = await running.client.post("/score", json={**BODY, "timeout_ms": 400})
+
+    assert response.status_code == 200
+    assert response.json()["degraded"] == ["user_features"]
+
+
+async def test_wrong_password_fails_the_start(settings: Settings, start_app: StartApp) -> None:
+    store = FailingStore(StoreMisconfigured("wrong password"))
+
+    with pytest.raises(StoreMisconfigured):
+        async with start_app(settings, store):
+            raise AssertionError("not reached")
+
+    assert store.is_closed
+
+
+def test_app_without_any_store_is_refused(settings: Settings) -> None:
+    with pytest.raises(StoreMisconfigured, match="CTR_STORE__URL"):
+        create_app(settings)
+
+
+async def test_without_bundle_the_service_is_up_and_not_ready(
+    settings: Settings, start_app: StartApp
+) -> None:
+    async with start_app(settings.model_copy(update={"bundle": None})) as running:
+        healthy = await running.client.get("/healthz")
+        ready = await running.client.get("/readyz")
+        scored = await running.client.post("/score", json=BODY)
+
+    assert healthy.status_code == 200
+    assert_problem(ready, 503, "not_ready")
+    assert_problem(scored, 503, "not_ready")
+
+
+async def test_without_snapshot_items_are_unknown(settings: Settings, start_app: StartApp) -> None:
+    async with start_app(settings.model_copy(update={"item_snapshot": None})) as running:
+        response = await running.client.post("/score", json=BODY)
+
+    assert {item["status"] for item in response.json()["items"]} == {"unknown_item"}
+
+
+async def test_ready_tells_the_bundle(running: RunningApp, tiny_bundle: Path) -> None:
+    response = await running.client.get("/readyz")
+
+    assert response.json() == {"status": "ready", "bundle": tiny_bundle.name}
+
+
+async def test_draining_fails_readiness_and_still_scores(running: RunningApp) -> None:
+    running.app.state.status.begin_drain()
+
+    assert_problem(await running.client.get("/readyz"), 503, "shutting_down")
+    response = await running.client.post("/score", json=BODY)
+    assert response.status_code == 200
+    assert response.headers["connection"] == "close"
+    assert (await running.client.get("/healthz")).status_code == 200
+
+
+async def test_closed_app_refuses(settings: Settings, start_app: StartApp) -> None:
+    async with start_app(settings) as running:
+        status: ServiceStatus = running.app.state.status
+    with pytest.raises(ShuttingDown):
+        status.require_scorer()
+
+
+async def test_metrics_tell_what_happened(running: RunningApp, tiny_bundle: Path) -> None:
+    await running.client.post("/score", json={**BODY, "context": {"weather": 1}})
+
+    text = await metrics_text(running.client)
+    for line in (
+        'scoring_request_seconds_count{outcome="ok"} 1.0',
+        "scoring_candidates_total 4.0",
+        "scoring_unknown_items_total 1.0",
+        "scoring_ignored_features_total 1.0",
+        "scoring_record_age_seconds_count 1.0",
+        "scoring_item_table_rows 4.0",
+        "scoring_ready 1.0",
+        *(
+            f'scoring_stage_seconds_count{{stage="{stage}"}} 1.0'
+            for stage in ("parse", "features", "encode", "queue", "run", "respond")
+        ),
+    ):
+        assert line in text
+    assert f'scoring_bundle_info{{bundle="{tiny_bundle.name}"' in text
+    assert len(text.splitlines()) < 300
+
+
+async def test_concurrent_requests_are_batched_and_kept_apart(running: RunningApp) -> None:
+    bodies = [{**BODY, "candidates": [1 + i % 4] * (1 + i % 3)} for i in range(30)]
+
+    responses = await asyncio.gather(*(running.client.post("/score", json=b) for b in bodies))
+
+    alone = {
+        item: (await running.client.post("/score", json={**BODY, "candidates": [item]})).json()[
+            "items"
+        ][0]["pctr"]
+        for item in (1, 2, 3, 4)
+    }
+    for body, response in zip(bodies, responses, strict=True):
+        items = response.json()["items"]
+        assert [item["item_id"] for item in items] == body["candidates"]
+        for item in items:
+            # Batching changes the last bits.
+            assert math.isclose(item["pctr"], alone[item["item_id"]], abs_tol=1e-6)
