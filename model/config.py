@@ -55,13 +55,16 @@ class OptimizerConfig(_Section):
         embedding_decay, dense_decay: decoupled weight decay per step, as a share of the rate.
         drop_record_share: share of requests trained without their user record.
         drop_id_share: share of item ids trained as unknown.
+        average_decay: of the running average of weights that is evaluated and kept; 0 keeps the
+            weights themselves.
         evaluations_per_epoch: how often validation is scored, and a checkpoint written.
         patience: evaluations without a better validation loss before the end.
     """
 
-    batch_rows: int = Field(default=4096, ge=1)
+    batch_rows: int = Field(default=2048, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)
     final_learning_rate_share: float = Field(default=0.1, ge=0, le=1)
+    average_decay: float = Field(default=0.998, ge=0, lt=1)
     embedding_decay: float = Field(default=0.0, ge=0)
     dense_decay: float = Field(default=0.0, ge=0)
     max_epochs: int = Field(default=2, ge=1)

@@ -157,12 +157,21 @@ class AsOf:
                 snapshot = snapshot.with_columns(pl.Series(feature.name, values).fill_nan(None))
         return snapshot
 
-    def user_records(self, as_of: float, *, max_keys: int) -> Iterator[tuple[object, UserRecord]]:
-        """Every known user's record as of a time, with at most `max_keys` newest keys per match."""
+    def user_records(
+        self, as_of: float, *, max_keys: int, only: pl.Series | None = None
+    ) -> Iterator[tuple[object, UserRecord]]:
+        """Every known user's record as of a time, with at most `max_keys` newest keys per match.
+
+        With `only`, the records of those of them that are known.
+        """
         known = self._known_users(as_of)
+        if only is not None:
+            known = known.filter(known.is_in(only.cast(known.dtype).implode()))
         log = pl.DataFrame({USER: known, TIME: np.full(len(known), as_of)})
         scalars = self._user_scalars(log)
-        matches = {f.name: self._match_entries(f, as_of, max_keys) for f in _matches(self.schema)}
+        matches = {
+            f.name: self._match_entries(f, as_of, max_keys, known) for f in _matches(self.schema)
+        }
         histories = {
             f.name: self.history(f, log) for f in self.schema.features if isinstance(f, History)
         }
@@ -217,11 +226,12 @@ class AsOf:
         return scalars
 
     def _match_entries(
-        self, feature: Match, as_of: float, max_keys: int
+        self, feature: Match, as_of: float, max_keys: int, users: pl.Series
     ) -> dict[object, MatchEntries]:
         cutoff = as_of - self.schema.availability_lag_s
         running = self._running(feature.attribute, feature.events)
-        latest = running.filter(pl.col(TIME) < cutoff).group_by(USER, KEY).last()
+        wanted = running[USER].is_in(users.cast(running[USER].dtype).implode())
+        latest = running.filter(wanted, pl.col(TIME) < cutoff).group_by(USER, KEY).last()
         if feature.max_age_days is not None:
             latest = latest.filter(pl.col("_last") >= as_of - feature.max_age_days * 86400.0)
         latest = latest.sort("_last", descending=True).group_by(USER).head(max_keys)

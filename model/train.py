@@ -158,6 +158,7 @@ class _Run:
         self.progress = progress
         self.state = RunState()
         self.net = make_net(config, data)
+        self.average = copy.deepcopy(self.net)
         self.best_weights = copy.deepcopy(self.net.state_dict())
         self.optimizer = _make_optimizer(self.net, config.optimizer)
         encoder = Encoder(data.fitted)
@@ -225,6 +226,7 @@ class _Run:
                 where=str(path),
             )
         self.net.load_state_dict(saved["weights"])
+        self.average.load_state_dict(saved["average"])
         self.best_weights = saved["best_weights"]
         self.optimizer.load_state_dict(saved["optimizer"])
         self.state = RunState(**saved["state"])
@@ -237,6 +239,7 @@ class _Run:
             {
                 "config": self._fingerprint(),
                 "weights": self.net.state_dict(),
+                "average": self.average.state_dict(),
                 "best_weights": self.best_weights,
                 "optimizer": self.optimizer.state_dict(),
                 "state": asdict(self.state),
@@ -273,7 +276,17 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own method is untyped
         self.optimizer.step()
+        self._update_average()
         return value
+
+    def _update_average(self) -> None:
+        """Moves the average towards the weights; at first it nearly follows them."""
+        step = self.state.step
+        decay = min(self.config.optimizer.average_decay, (1.0 + step) / (10.0 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(self.average.parameters()), list(self.net.parameters()), 1.0 - decay
+            )
 
     def _corrupt(self, blocks: Blocks, rng: np.random.Generator) -> None:
         """Trains for degraded answers: some requests lose their record, some ids are unknown."""
@@ -290,14 +303,14 @@ class _Run:
     def _evaluate(self) -> None:
         schema = self.data.fitted.schema_
         validation = self.data.splits["validation"]
-        logits = predict(self.net, validation)
+        logits = predict(self.average, validation)
         metrics = chain_metrics(conditional_probabilities(logits), validation.labels, schema=schema)
         # Normalised entropies, so that the rare last step counts as much as the first.
         loss = float(np.sum([metrics[f"ne_{name}"] for name in space_names(schema)[0]]))
         self.state.evaluations.append({"step": self.state.step, "loss": loss, **metrics})
         if loss < self.state.best:
             self.state.best, self.state.best_step, self.state.stale = loss, self.state.step, 0
-            self.best_weights = copy.deepcopy(self.net.state_dict())
+            self.best_weights = copy.deepcopy(self.average.state_dict())
         else:
             self.state.stale += 1
         self.progress.on_evaluation(self.state.step, metrics)
