@@ -30,7 +30,7 @@ from model.fit import fit_schema
 from model.history import TIME, USER, AsOf, Tables
 from model.logs import SPLITS, ImpressionLog, Labels, read_log, unix_seconds
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 
 Rows = npt.NDArray[np.int64]
 Progress = Callable[[str], None]

@@ -275,16 +275,19 @@ class AsOf:
         return keyed.filter(pl.col(KEY).is_not_null())
 
     def _running(self, attribute: str, names: tuple[str, ...]) -> pl.DataFrame:
-        """Running count per user and key after each instant: USER, KEY, TIME, _count, _last."""
+        """Running count of occasions per user and key: USER, KEY, TIME, _count, _last.
+
+        Events of one instant are one occasion: ten yoghurts in one basket were bought once.
+        """
         cached = self._totals.get((attribute, names))
         if cached is None:
             cached = (
                 self._keyed(attribute, names)
-                .group_by(USER, KEY, TIME)
-                .len()
+                .select(USER, KEY, TIME)
+                .unique()
                 .sort(TIME)
                 .with_columns(
-                    pl.col("len").cum_sum().over(USER, KEY).alias("_count"),
+                    pl.int_range(1, pl.len() + 1).over(USER, KEY).alias("_count"),
                     pl.col(TIME).alias("_last"),
                 )
                 .select(USER, KEY, TIME, "_count", "_last")

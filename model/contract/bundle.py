@@ -180,7 +180,7 @@ def read_bundle(path: Path) -> Bundle:
         histograms = json.loads(files[HISTOGRAMS])
     except ValidationError as exc:
         raise BundleCorrupt(f"{path}: {SCHEMA}: {describe_errors(exc)}", where=SCHEMA) from exc
-    except (ValueError, KeyError, zipfile.BadZipFile) as exc:
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as exc:
         raise BundleCorrupt(f"{path}: unreadable golden rows or histograms: {exc}") from exc
     if fitted.schema_.sha256 != manifest.schema_sha256:
         raise BundleCorrupt(f"{path}: the schema is not the manifest's", where=SCHEMA)
@@ -290,7 +290,7 @@ def _read_golden(raw_bytes: bytes, encoded_bytes: bytes) -> Golden:
 
 def _read_manifest(path: Path) -> Manifest:
     try:
-        content = json.loads((path / MANIFEST).read_bytes())
+        content = json.loads((path / MANIFEST).read_bytes(), parse_constant=_refuse_constant)
     except (FileNotFoundError, NotADirectoryError) as exc:
         raise BundleNotFound(f"no bundle at {path} (no {MANIFEST})", where=str(path)) from exc
     except OSError as exc:
@@ -312,6 +312,10 @@ def _read_manifest(path: Path) -> Manifest:
     if _digest({k: v for k, v in content.items() if k != "bundle_id"}) != manifest.bundle_id:
         raise BundleCorrupt(f"{path}: {MANIFEST} differs from its digest", where=MANIFEST)
     return manifest
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
 
 
 def _read_file(path: Path, name: str, entry: FileEntry) -> bytes:

@@ -1,6 +1,6 @@
 """Raw columns: the forms in which raw values reach the encoder, and how each value is checked."""
 
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +93,8 @@ def map_ids(
             mapped.append(function(value))
         except TypeError as exc:
             raise EncodeError(name, str(exc), row=row) from exc
+        except UnicodeEncodeError as exc:
+            raise EncodeError(name, f"{_shorten(value)} is no valid text", row=row) from exc
     if isinstance(column, Dictionary):
         mapped.append(null)
     codes = np.array(mapped, np.uint64).view(np.int64)
@@ -114,24 +116,25 @@ def as_ragged(
     if isinstance(column, Dictionary) or isinstance(times_column, Dictionary | Ragged):
         raise EncodeError(name, "expected a list of ids and a list of their times")
     flat: list[object] = []
-    flat_times: list[float] = []
+    flat_times: list[Floats] = []
     offsets = [0]
     for row, ids in enumerate(column):
+        given = () if ids is None else ids
+        if not isinstance(given, list | tuple):
+            raise EncodeError(name, "expected a list of ids", row=row)
         times = None if times_column is None else times_column[row]
         if times is None:
-            times = [-np.inf] * len(ids) if isinstance(ids, Sized) else []
-        if not isinstance(ids, list | tuple) or not isinstance(times, list | tuple | np.ndarray):
-            if ids is None:
-                offsets.append(len(flat))
-                continue
-            raise EncodeError(name, "expected a list of ids", row=row)
-        if len(times) != len(ids):
-            raise EncodeError(name, "ids and times differ in length", row=row)
-        flat.extend(ids)
-        flat_times.extend(times)
+            flat_times.append(np.full(len(given), -np.inf))
+        elif not isinstance(times, list | tuple | np.ndarray) or len(times) != len(given):
+            raise EncodeError(name, f"expected a list of {len(given)} times, one per id", row=row)
+        else:
+            flat_times.append(numbers(f"{name}_time", times))
+        flat.extend(given)
         offsets.append(len(flat))
     return Ragged(
-        values=flat, times=np.array(flat_times, np.float64), offsets=np.array(offsets, np.int64)
+        values=flat,
+        times=np.concatenate(flat_times) if flat_times else np.empty(0, np.float64),
+        offsets=np.array(offsets, np.int64),
     )
 
 

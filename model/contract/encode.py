@@ -120,14 +120,17 @@ class Encoder:
         block = CandidateBlock(ids=ids, dense=dense)
         self.overwrite_candidates(block, columns)
         matches = self.candidate_layout.matches
-        if any(f"{name}_count" in columns for name in matches):
-            counts, last_times = np.full((2, len(time), len(matches)), np.nan)
-            for j, name in enumerate(matches):
-                if f"{name}_count" in columns:
-                    counts[:, j] = numbers(f"{name}_count", columns[f"{name}_count"])
-                    last_times[:, j] = numbers(
-                        f"{name}_last_time", columns.get(f"{name}_last_time", ())
-                    )
+        counts, last_times = np.full((2, len(time), len(matches)), np.nan)
+        given = False
+        for j, name in enumerate(matches):
+            pair = (f"{name}_count", f"{name}_last_time")
+            present = [column for column in pair if column in columns]
+            if len(present) == 1:
+                raise EncodeError(present[0], f"{' and '.join(pair)} must be given together")
+            if present:
+                given = True
+                counts[:, j], last_times[:, j] = (numbers(c, columns[c]) for c in pair)
+        if given:
             self.overwrite_matches(block, counts, last_times, time=time)
         return block
 

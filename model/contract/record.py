@@ -142,6 +142,8 @@ def unpack_record(data: bytes) -> UserRecord:
         raise RecordError(f"not a user record: {exc}", where="record") from exc
     except UnicodeDecodeError as exc:
         raise RecordError("not a user record: text is not UTF-8", where="record") from exc
+    except RecursionError as exc:
+        raise RecordError("not a user record: nested too deeply", where="record") from exc
     if not np.isfinite(wire.updated_at):
         raise RecordError("updated_at is not a finite number", where="updated_at")
     try:

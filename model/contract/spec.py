@@ -40,8 +40,8 @@ class EventStatistic(_Frozen):
         aggregate: their number, the mean of `column`, or the time of the last one.
         column: the column averaged; only with `mean`.
         attribute: an item feature; for item statistics, events of all items sharing its value
-        count. whole_periods: count only the last so many whole periods of the schema's
-        `period_days`;
+            count.
+        whole_periods: count only the last so many whole periods of the schema's `period_days`;
             None counts everything before. Item statistics need it: one snapshot then serves a
             whole period.
     """
@@ -159,6 +159,8 @@ class History(_Feature):
 
 class Match(_Feature):
     """How often, and how many days ago, the user's events had the candidate's value of `attribute`.
+
+    Events of one instant (the lines of one basket) count once.
 
     Attributes:
         attribute: a categorical or hashed candidate feature, or the item id column.
@@ -438,7 +440,7 @@ def _check_source(feature: Feature) -> None:
     }
     if feature.source not in allowed[feature.scope]:
         raise ValueError(
-            f"feature {feature.name!r}: a {feature.scope} feature comes from "
+            f"feature {feature.name!r}: a feature of scope {feature.scope} comes from "
             f"{' or '.join(allowed[feature.scope])}, not {feature.source}"
         )
     if feature.scope == "cross" and feature.source == "store" and not isinstance(feature, Match):

@@ -33,7 +33,6 @@ class TafeOptions(Options):
         tokens: "grouped" projects each side's fields together into few tokens, the shipped default;
             "fields" makes one token per field, papers.md's full size.
         request_tokens, id_tokens, dense_tokens: numbers of grouped tokens.
-        dense_hidden: width of the layer between candidate numbers and their grouped tokens.
         width: token width d_h; heads: H; inducing: m points per pattern; patterns: G.
         pattern_hidden, pattern: the pattern MLP's widths (the last is K).
         indicator: width d_u of the task-indicator vectors.
@@ -43,7 +42,6 @@ class TafeOptions(Options):
     request_tokens: int = Field(default=2, ge=1)
     id_tokens: int = Field(default=2, ge=1)
     dense_tokens: int = Field(default=2, ge=1)
-    dense_hidden: int = Field(default=64, ge=1)
     width: int = Field(default=24, ge=1)
     heads: int = Field(default=2, ge=1)
     inducing: int = Field(default=2, ge=1)
@@ -130,11 +128,7 @@ class GroupedTokens(nn.Module):
         num_ids = len(spec.candidate_tables) * width
         self.ids = nn.Linear(num_ids, options.id_tokens * options.width) if num_ids else None
         self.dense = (
-            nn.Sequential(
-                nn.Linear(spec.candidate_dense, options.dense_hidden),
-                nn.ReLU(),
-                nn.Linear(options.dense_hidden, options.dense_tokens * options.width),
-            )
+            nn.Linear(spec.candidate_dense, options.dense_tokens * options.width)
             if spec.candidate_dense
             else None
         )
