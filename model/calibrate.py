@@ -147,12 +147,19 @@ def _choose(
         predicted = np.empty(len(label))
         for k in range(NUM_FOLDS):
             inside, outside = fold != k, fold == k
-            fitted = _FITTERS[method](logits[inside], label[inside], weight[inside])
+            fitted = _fit(method, logits[inside], label[inside], weight[inside])
             predicted[outside] = 1.0 / (1.0 + np.exp(-fitted.apply(logits[outside])))
         losses[method] = log_loss(predicted, label, weight)
     best = min(losses, key=lambda method: losses[method])
-    chosen = _FITTERS[best](logits, label, weight)
+    chosen = _fit(best, logits, label, weight)
     return chosen.model_copy(update={"log_loss": losses})
+
+
+def _fit(method: str, logits: Floats, label: Floats, weight: Floats) -> Calibrator:
+    """One method's fit; the identity where rows of one class are all there is (a fold's rest)."""
+    if label.min(initial=1.0) >= label.max(initial=0.0):
+        return Calibrator()
+    return _FITTERS[method](logits, label, weight)
 
 
 def _identity(logits: Floats, label: Floats, weight: Floats) -> Calibrator:

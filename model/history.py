@@ -18,7 +18,7 @@ from model.contract.errors import LogError
 from model.contract.ids import canonical_ids, hash_ids
 from model.contract.record import HistoryEntries, MatchEntries, UserRecord
 from model.contract.spec import Elapsed, EventStatistic, History, Match, Numeric, RawValue, Schema
-from model.logs import read_table, same_type, unix_seconds
+from model.logs import integral_ids, read_table, same_type, unix_seconds
 
 Floats = npt.NDArray[np.float64]
 USER, ITEM, TIME, EVENT, KEY = "_user", "_item", "_time", "_event", "_key"
@@ -49,8 +49,8 @@ class Tables:
             columns = {s.column for s in _statistics(schema) if s.column is not None}
             _require(raw, sorted(columns), events)
             event_frame = raw.with_columns(
-                pl.col(log.user_id).alias(USER),
-                pl.col(log.item_id).alias(ITEM),
+                integral_ids(raw[log.user_id], path=events).alias(USER),
+                integral_ids(raw[log.item_id], path=events).alias(ITEM),
                 pl.Series(TIME, unix_seconds(raw[log.time])),
                 pl.col("event").alias(EVENT),
             ).sort(TIME, maintain_order=True)
@@ -234,10 +234,11 @@ class AsOf:
         latest = running.filter(wanted, pl.col(TIME) < cutoff).group_by(USER, KEY).last()
         if feature.max_age_days is not None:
             latest = latest.filter(pl.col("_last") >= as_of - feature.max_age_days * 86400.0)
-        latest = latest.sort("_last", descending=True).group_by(USER).head(max_keys)
         distinct = latest[KEY].unique()
         hashes = pl.DataFrame({KEY: distinct, "_hash": hash_ids(canonical_ids(distinct.to_list()))})
-        latest = latest.join(hashes, on=KEY).sort(USER, "_hash")
+        # By hash among equally new ones, so that the same tables give the same record.
+        latest = latest.join(hashes, on=KEY).sort("_last", "_hash", descending=[True, False])
+        latest = latest.group_by(USER).head(max_keys).sort(USER, "_hash")
         return {
             user: MatchEntries(
                 keys=part["_hash"].to_numpy(),
@@ -271,6 +272,7 @@ class AsOf:
                 items, self.schema.log.item_id, _item_ids(events, self), events[TIME].to_numpy()
             )
             keys = items[attribute].gather(np.maximum(rows, 0))
+            keys = integral_ids(keys, path=None)
             keyed = events.with_columns(keys.alias(KEY)).filter(pl.Series(rows >= 0))
         return keyed.filter(pl.col(KEY).is_not_null())
 
@@ -385,6 +387,7 @@ def _attributes(path: Path | None, key: str, time: str) -> pl.DataFrame | None:
         return None
     frame = read_table(path)
     _require(frame, (key,), path)
+    frame = frame.with_columns(integral_ids(frame[key], path=path))
     if time in frame.columns:
         return frame.with_columns(pl.Series(TIME, unix_seconds(frame[time]))).drop(time)
     if frame[key].is_duplicated().any():

@@ -12,6 +12,7 @@ import polars as pl
 
 from model.config import DataConfig, SplitConfig
 from model.contract.errors import LogError
+from model.contract.ids import canonical_ids, hash_ids
 from model.contract.spec import Schema
 
 SPLITS = ("train", "validation", "calibration", "test")
@@ -79,15 +80,18 @@ def read_log(data: DataConfig, *, schema: Schema, split: SplitConfig) -> Impress
     num_read = len(frame)
     if not num_read:
         raise LogError(f"{data.impressions} has no rows", path=data.impressions)
-    frame = _with_unix_time(frame, schema, data.impressions).sort(
-        schema.log.time, maintain_order=True
-    )
+    # Values are checked in the file's order, so that the row numbers in messages are the file's.
+    frame = _with_known_time(frame, schema, data.impressions)
     raw = _raw_labels(frame, schema, data.impressions)
+    weight = _weights(frame, raw, schema, data.impressions)
     intact = (raw[:, 1:] <= raw[:, :-1]).all(axis=1)
     num_broken = int((~intact).sum())
     _refuse_reversed(raw, num_broken, schema, data.impressions)
-    frame, raw = frame.filter(pl.Series(intact)), raw[intact]
-    labels = _within_windows(frame, raw, schema, data)
+    time = unix_seconds(frame[schema.log.time])
+    order = np.argsort(time, kind="stable")
+    order = order[intact[order]]
+    frame, raw, weight = frame[order], raw[order], weight[order]
+    labels = _within_windows(frame, raw, weight, schema, data)
     return ImpressionLog(
         frame=frame,
         labels=labels,
@@ -113,9 +117,26 @@ def same_type(
     """Makes a join column of two tables one type, by canonical text where they differ."""
     if left[on].dtype == right[on].dtype:
         return left, right
-    return left.with_columns(pl.col(on).cast(pl.String)), right.with_columns(
-        pl.col(on).cast(pl.String)
+    left, right = (
+        table.with_columns(integral_ids(table[on], path=None).cast(pl.String))
+        for table in (left, right)
     )
+    return left, right
+
+
+def integral_ids(series: pl.Series, *, path: Path | None) -> pl.Series:
+    """Ids that came as floating-point numbers as the integers they are; others as they are.
+
+    Raises:
+        LogError: one is a fraction.
+    """
+    if not series.dtype.is_float():
+        return series
+    whole = series.fill_nan(None)
+    if (whole.drop_nulls() % 1 != 0).any():
+        place = f"{path}: " if path is not None else ""
+        raise LogError(f"{place}column {series.name!r} holds fractions, not ids", path=path)
+    return whole.cast(pl.Int64)
 
 
 def _normalise(series: pl.Series) -> pl.Series:
@@ -146,26 +167,20 @@ def _check_columns(frame: pl.DataFrame, schema: Schema, path: Path) -> None:
         )
 
 
-def _with_unix_time(frame: pl.DataFrame, schema: Schema, path: Path) -> pl.DataFrame:
+def _with_known_time(frame: pl.DataFrame, schema: Schema, path: Path) -> pl.DataFrame:
     series = frame[schema.log.time]
     if series.dtype == pl.String:
         raise LogError(
             f"{path}: column {schema.log.time!r} is text; expected time stamps or unix seconds",
             path=path,
         )
-    if series.null_count():
-        row = int(series.is_null().arg_max() or 0)
+    unknown = np.isnan(unix_seconds(series))
+    if unknown.any():
+        row = int(unknown.argmax())
         raise LogError(f"{path}: row {row} has no {schema.log.time!r}", path=path, row_number=row)
-    for name in (schema.log.user_id, schema.log.item_id):
-        if frame[name].dtype == pl.Float64:
-            frame = frame.with_columns(_integral_ids(frame[name], path))
-    return frame
-
-
-def _integral_ids(series: pl.Series, path: Path) -> pl.Series:
-    if (series.drop_nulls() % 1 != 0).any():
-        raise LogError(f"{path}: column {series.name!r} holds fractions, not ids", path=path)
-    return series.cast(pl.Int64)
+    return frame.with_columns(
+        integral_ids(frame[name], path=path) for name in (schema.log.user_id, schema.log.item_id)
+    )
 
 
 def _raw_labels(frame: pl.DataFrame, schema: Schema, path: Path) -> npt.NDArray[np.int8]:
@@ -174,7 +189,9 @@ def _raw_labels(frame: pl.DataFrame, schema: Schema, path: Path) -> npt.NDArray[
         series = frame[step.label]
         if series.dtype == pl.Boolean:
             series = series.cast(pl.Int8)
-        fits = series.is_in([0, 1]) & series.is_not_null() if series.dtype.is_numeric() else None
+        fits = (
+            ((series == 0) | (series == 1)).fill_null(False) if series.dtype.is_numeric() else None
+        )
         if fits is None or not fits.all():
             row = 0 if fits is None else int((~fits).arg_max() or 0)
             raise LogError(
@@ -211,7 +228,11 @@ def _refuse_reversed(
 
 
 def _within_windows(
-    frame: pl.DataFrame, raw: npt.NDArray[np.int8], schema: Schema, data: DataConfig
+    frame: pl.DataFrame,
+    raw: npt.NDArray[np.int8],
+    weight: npt.NDArray[np.float32],
+    schema: Schema,
+    data: DataConfig,
 ) -> Labels:
     time = unix_seconds(frame[schema.log.time])
     ends = [time.max()]
@@ -231,7 +252,7 @@ def _within_windows(
             values[:, t] &= (~(happened > time + window)).astype(np.int8)
     values = np.minimum.accumulate(values, axis=1)
     known = np.logical_and.accumulate(known, axis=1)
-    return Labels(values=values, known=known, weight=_weights(frame, raw, schema, data.impressions))
+    return Labels(values=values, known=known, weight=weight)
 
 
 def _weights(
@@ -262,11 +283,11 @@ def _split(
     frame: pl.DataFrame, schema: Schema, config: SplitConfig, path: Path
 ) -> npt.NDArray[np.str_]:
     if schema.log.split is not None:
-        split = frame[schema.log.split].to_numpy().astype("U11")
+        split = frame[schema.log.split].to_numpy().astype(np.str_)
         unknown = sorted(set(np.unique(split)) - set(SPLITS))
         if unknown:
             raise LogError(
-                f"{path}: split {unknown[0]!r} is none of {', '.join(SPLITS)}", path=path
+                f"{path}: split {str(unknown[0])!r} is none of {', '.join(SPLITS)}", path=path
             )
     else:
         split = _split_by_time(frame, schema, config)
@@ -288,6 +309,8 @@ def _split_by_time(
     split = np.full(len(time), "test", "U11")
     split[time < held_out_end] = "validation"
     split[time < train_end] = "train"
-    by_user = frame[schema.log.user_id].cast(pl.String).hash(seed=0).to_numpy() % np.uint64(2)
-    split[(split == "validation") & (by_user == 1)] = "calibration"
+    between = split == "validation"
+    users = frame[schema.log.user_id].filter(pl.Series(between)).to_list()
+    is_odd = hash_ids(canonical_ids(users)) % np.uint64(2) == 1
+    split[np.flatnonzero(between)[is_odd]] = "calibration"
     return split

@@ -85,7 +85,3 @@ class ParityError(ContractError):
         super().__init__(message, where="model.onnx")
         self.max_abs_diff = max_abs_diff
         self.tolerance = tolerance
-
-
-class GateError(ContractError):
-    """A model is outside the limits its configuration sets for a bundle."""

@@ -240,9 +240,7 @@ def test_a_nan_in_the_manifest_is_corrupt(path: Path) -> None:
 
 def test_a_nan_is_not_written(path: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
-        write_bundle(
-            tmp_path / "again", manifest={"metrics": {"auc_ctr": float("nan")}}, files={}
-        )
+        write_bundle(tmp_path / "again", manifest={"metrics": {"auc_ctr": float("nan")}}, files={})
 
     assert not (tmp_path / "again").exists()
 

@@ -1,0 +1,137 @@
+"""Encoding column by column is encoding row by row, whatever the values."""
+
+from typing import Any
+
+import numpy as np
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import DAY, NOON
+
+from model.contract.columns import Dictionary
+from model.contract.encode import Encoder
+from model.contract.ids import hash_id
+from model.contract.record import look_up
+
+ENCODER = Encoder(tiny.fitted_schema())
+TRAINING_ENCODER = Encoder(tiny.fitted_schema(), serving=False)
+
+ids = st.one_of(
+    st.none(),
+    st.sampled_from(["acme", "bolt", "7", "25-34", "gold", "none", "0", ""]),
+    st.integers(-(2**70), 2**70),
+    st.integers(-5, 100).map(float),
+    st.text(st.characters(codec="utf-8"), max_size=5),
+    st.binary(max_size=4),
+    st.just(float("nan")),
+)
+amounts = st.one_of(st.none(), st.integers(-10, 10**6), st.floats(-1e6, 1e6), st.just(float("nan")))
+times = st.one_of(st.none(), st.floats(NOON - 400 * DAY, NOON + 400 * DAY))
+histories = st.one_of(st.none(), st.lists(st.tuples(ids, times), max_size=7))
+
+REQUEST_VALUES = {
+    **{name: ids for name in ("age_band", "loyalty", "store_id")},
+    **{name: amounts for name in ("trips", "basket")},
+    "last_trip": times,
+    "recent": histories,
+}
+CANDIDATE_VALUES = {
+    **{name: ids for name in ("item_id", "brand", "display")},
+    **{name: amounts for name in ("price", "discount", "position")},
+    **{f"bought_{name}_count": amounts for name in ("item", "brand")},
+    **{f"bought_{name}_last_time": times for name in ("item", "brand")},
+}
+request_rows = st.lists(st.fixed_dictionaries(REQUEST_VALUES), min_size=1, max_size=6)
+candidate_rows = st.lists(st.fixed_dictionaries(CANDIDATE_VALUES), min_size=1, max_size=6)
+seconds = st.floats(NOON - 3 * 365 * DAY, NOON + 3 * 365 * DAY)
+
+
+def columns_of(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    if "recent" in columns:
+        recent = columns.pop("recent")
+        columns["recent"] = [None if h is None else [v for v, _ in h] for h in recent]
+        columns["recent_time"] = [None if h is None else [t for _, t in h] for h in recent]
+    return columns
+
+
+@settings(max_examples=80, deadline=None)
+@given(rows=request_rows, time=seconds, serving=st.booleans())
+def test_a_block_of_requests_is_its_requests_one_by_one(
+    rows: list[dict[str, Any]], time: float, serving: bool
+) -> None:
+    encoder = ENCODER if serving else TRAINING_ENCODER
+    at = time + np.arange(len(rows)) * 5000.0
+
+    together = encoder.request_block(columns_of(rows), time=at)
+
+    for i, row in enumerate(rows):
+        alone = encoder.request_block(columns_of([row]), time=at[i : i + 1])
+        np.testing.assert_array_equal(together.ids[i], alone.ids[0])
+        np.testing.assert_array_equal(together.dense[i], alone.dense[0])
+        np.testing.assert_array_equal(together.history[i], alone.history[0])
+
+
+@settings(max_examples=80, deadline=None)
+@given(rows=candidate_rows, time=seconds, serving=st.booleans())
+def test_a_block_of_candidates_is_its_candidates_one_by_one(
+    rows: list[dict[str, Any]], time: float, serving: bool
+) -> None:
+    encoder = ENCODER if serving else TRAINING_ENCODER
+    at = time + np.arange(len(rows)) * 5000.0
+
+    together = encoder.candidate_block(columns_of(rows), time=at)
+
+    for i, row in enumerate(rows):
+        alone = encoder.candidate_block(columns_of([row]), time=at[i : i + 1])
+        np.testing.assert_array_equal(together.ids[i], alone.ids[0])
+        np.testing.assert_array_equal(together.dense[i], alone.dense[0])
+
+
+@settings(max_examples=80, deadline=None)
+@given(rows=request_rows, candidates=candidate_rows, time=seconds)
+def test_every_code_is_in_its_table_and_every_number_finite(
+    rows: list[dict[str, Any]], candidates: list[dict[str, Any]], time: float
+) -> None:
+    request = ENCODER.request_block(columns_of(rows), time=np.full(len(rows), time))
+    candidate = ENCODER.candidate_block(columns_of(candidates), time=np.full(len(candidates), time))
+
+    for block, layout in (
+        (request, ENCODER.request_layout),
+        (candidate, ENCODER.candidate_layout),
+    ):
+        sizes = [ENCODER.table_size(name) for name in layout.ids]
+        assert (block.ids >= 1).all()
+        assert (block.ids < sizes).all()
+        assert np.isfinite(block.dense).all()
+    assert (request.history >= 0).all()
+    assert (request.history < ENCODER.table_size("item_id")).all()
+
+
+@settings(max_examples=80, deadline=None)
+@given(values=st.lists(ids, min_size=1, max_size=8), data=st.data())
+def test_a_dictionary_column_is_its_list(values: list[Any], data: st.DataObject) -> None:
+    index = data.draw(st.lists(st.integers(-1, len(values) - 1), max_size=12))
+    as_list = [None if i < 0 else values[i] for i in index]
+
+    for name in ("brand", "loyalty", "item_id"):
+        dictionary = Dictionary(values=values, index=np.array(index, np.int64))
+        codes = ENCODER.encode_ids(name, dictionary)
+        assert codes.tolist() == ENCODER.encode_ids(name, as_list).tolist()
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seen=st.dictionaries(
+        st.integers(0, 40).map(str), st.tuples(st.integers(1, 9), st.integers(0, 10**9))
+    ),
+    asked=st.lists(st.integers(0, 60).map(str), max_size=20),
+)
+def test_look_up_is_a_dictionary(seen: dict[str, tuple[int, float]], asked: list[str]) -> None:
+    keys = np.array([hash_id(value) for value in asked], np.uint64)
+
+    counts, last_times = look_up(tiny.match_entries(seen), keys)
+
+    expected = [seen.get(value, (np.nan, np.nan)) for value in asked]
+    np.testing.assert_array_equal(counts, [count for count, _ in expected])
+    np.testing.assert_array_equal(last_times, [time for _, time in expected])
