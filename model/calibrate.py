@@ -15,13 +15,15 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from model.logs import Labels
-from model.metrics import log_loss
+from model.metrics import row_log_losses
 
 Floats = npt.NDArray[np.float64]
 
 LOGIT_BOUND = 16.0  # calibrated probabilities stay within 1.1e-7 of 0 and 1
 MAX_KNOTS = 64
 NUM_FOLDS = 5
+MAX_SLOPE = 20.0  # steeper is noise, and would blow rounding up beyond the parity of the graph
+MIN_GAP = 1e-4  # between knots, in logits
 PRIOR_ROWS = 1.0  # an isotonic block counts as if it held one more row, at the base rate
 
 
@@ -95,11 +97,13 @@ def fit_calibrators(
 ) -> list[Calibrator]:
     """The best method per step by log-loss, cross-validated over users within the given rows.
 
+    A method replaces one before it in `methods` only if it is better by one standard error.
+
     Args:
         logits: [N, T] uncalibrated.
         labels: of the same rows.
         user: [N]; no user is in two folds.
-        methods: tried; ties go to the first.
+        methods: tried, the simplest first.
     """
     calibrators = []
     for t in range(logits.shape[1]):
@@ -142,17 +146,24 @@ def _choose(
         return Calibrator()
     users, index = np.unique(user, return_inverse=True)
     fold = np.random.default_rng(0).permutation(len(users))[index] % NUM_FOLDS
-    losses = {}
+    per_user: dict[str, Floats] = {}
     for method in methods:
         predicted = np.empty(len(label))
         for k in range(NUM_FOLDS):
             inside, outside = fold != k, fold == k
             fitted = _fit(method, logits[inside], label[inside], weight[inside])
             predicted[outside] = 1.0 / (1.0 + np.exp(-fitted.apply(logits[outside])))
-        losses[method] = log_loss(predicted, label, weight)
-    best = min(losses, key=lambda method: losses[method])
+        losses = row_log_losses(predicted, label) * weight / weight.sum()
+        per_user[method] = np.bincount(index, losses, len(users)).astype(np.float64)
+    best = methods[0]
+    for method in methods[1:]:
+        gain = per_user[best] - per_user[method]
+        # One standard error, over users: a correction that noise could have made is not made.
+        if gain.sum() > np.sqrt(len(gain)) * gain.std():
+            best = method
     chosen = _fit(best, logits, label, weight)
-    return chosen.model_copy(update={"log_loss": losses})
+    totals = {method: float(losses.sum()) for method, losses in per_user.items()}
+    return chosen.model_copy(update={"log_loss": totals})
 
 
 def _fit(method: str, logits: Floats, label: Floats, weight: Floats) -> Calibrator:
@@ -178,21 +189,37 @@ def _isotonic(logits: Floats, label: Floats, weight: Floats) -> Calibrator:
     fitted = IsotonicRegression().fit_transform(logits, label, sample_weight=weight)
     order = np.argsort(logits, kind="stable")
     block = np.concatenate([[0], np.cumsum(np.diff(fitted[order]) > 0)])
-    rows = np.bincount(block, weight[order])
+    rows = np.bincount(block, weight[order]).astype(np.float64)
     if len(rows) > MAX_KNOTS:
         share = np.minimum((np.cumsum(rows) - rows / 2) / rows.sum() * MAX_KNOTS, MAX_KNOTS - 1)
         block = share.astype(np.int64)[block]
         block = np.unique(block, return_inverse=True)[1]
-        rows = np.bincount(block, weight[order])
+        rows = np.bincount(block, weight[order]).astype(np.float64)
     rate = np.average(label, weights=weight)
     x = np.bincount(block, weight[order] * logits[order]) / rows
     positives = np.bincount(block, weight[order] * label[order])
     y = np.maximum.accumulate((positives + PRIOR_ROWS * rate) / (rows + PRIOR_ROWS))
-    distinct = np.concatenate([[True], np.diff(x) > 1e-4])
-    x, y = x[distinct], np.log(y[distinct] / (1.0 - y[distinct]))
+    x, y = _without_steep_parts(x, np.log(y / (1.0 - y)), rows)
     if len(x) < 2:
         return Calibrator()
     return Calibrator(method="isotonic", x=tuple(x.tolist()), y=tuple(y.tolist()))
+
+
+def _without_steep_parts(x: Floats, y: Floats, rows: Floats) -> tuple[Floats, Floats]:
+    """Merges neighbouring knots, the steepest first, until no slope is above MAX_SLOPE."""
+    while len(x) > 1:
+        slopes = np.diff(y) / np.maximum(np.diff(x), 1e-12)
+        k = int(np.argmax(slopes))
+        if slopes[k] <= MAX_SLOPE and np.diff(x).min() > MIN_GAP:
+            break
+        if slopes[k] <= MAX_SLOPE:
+            k = int(np.argmin(np.diff(x)))
+        pair = slice(k, k + 2)
+        for values in (x, y):
+            values[k] = np.average(values[pair], weights=rows[pair])
+        rows[k] = rows[pair].sum()
+        x, y, rows = (np.delete(values, k + 1) for values in (x, y, rows))
+    return x, y
 
 
 _FITTERS: dict[str, Callable[[Floats, Floats, Floats], Calibrator]] = {

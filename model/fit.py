@@ -9,6 +9,7 @@ import numpy.typing as npt
 from model.contract.blocks import BlockLayout
 from model.contract.columns import Column, Columns, Dictionary, Ragged
 from model.contract.encode import Encoder
+from model.contract.errors import EncodeError
 from model.contract.ids import canonical_id
 from model.contract.spec import Categorical, FittedSchema, Moments, Schema
 
@@ -29,6 +30,9 @@ def fit_schema(
     """Fits on the given rows, which must be training rows only.
 
     Request columns are counted once per impression, through `request_of`.
+
+    Raises:
+        EncodeError: a value does not fit its feature.
     """
     vocabularies = {
         feature.name: _vocabulary(
@@ -55,7 +59,10 @@ def _vocabulary(feature: Categorical, columns: Columns, rows: Rows | None) -> tu
     column = columns.get(feature.name)
     if column is None:
         return ()
-    counts = _value_counts(column, rows)
+    try:
+        counts = _value_counts(column, rows)
+    except TypeError as exc:
+        raise EncodeError(feature.name, str(exc)) from exc
     kept = [(-count, value) for value, count in counts.items() if count >= feature.min_count]
     return tuple(value for _, value in sorted(kept)[: feature.max_size])
 

@@ -84,7 +84,7 @@ def read_log(data: DataConfig, *, schema: Schema, split: SplitConfig) -> Impress
     frame = _with_known_time(frame, schema, data.impressions)
     raw = _raw_labels(frame, schema, data.impressions)
     weight = _weights(frame, raw, schema, data.impressions)
-    intact = (raw[:, 1:] <= raw[:, :-1]).all(axis=1)
+    intact: npt.NDArray[np.bool_] = np.all(raw[:, 1:] <= raw[:, :-1], axis=1)
     num_broken = int((~intact).sum())
     _refuse_reversed(raw, num_broken, schema, data.impressions)
     time = unix_seconds(frame[schema.log.time])

@@ -26,12 +26,16 @@ def auc(predicted: Floats, label: Floats, weight: Floats) -> float:
 
 def log_loss(predicted: Floats, label: Floats, weight: Floats) -> float:
     """Mean negative log likelihood, natural log."""
+    return float(np.average(row_log_losses(predicted, label), weights=weight))
+
+
+def row_log_losses(predicted: Floats, label: Floats) -> Floats:
+    """Negative log likelihood of each row; finite, however wrong a prediction is."""
     tiny = np.finfo(np.float64).tiny
-    losses = -(
+    return -(
         label * np.log(np.maximum(predicted, tiny))
         + (1.0 - label) * np.log(np.maximum(1.0 - predicted, tiny))
     )
-    return float(np.average(losses, weights=weight))
 
 
 def ne(predicted: Floats, label: Floats, weight: Floats) -> float:

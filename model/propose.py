@@ -147,6 +147,8 @@ class _Columns:
             return "by its name it is known only after the impression"
         if series.dtype.is_temporal():
             return "a time; declare it as kind 'elapsed' if it is known at the impression"
+        if series.dtype == pl.Boolean:
+            return "true or false; write it as 0 and 1 to use it"
         if series.dtype.is_nested():
             return "a list; declare it as kind 'history' with its times beside it"
         if series.null_count() == len(series) or series.n_unique() < 2:
@@ -165,18 +167,23 @@ class _Columns:
         lines = ["", "[[features]]", f'name = "{name}"']
         scope = self._scope(name)
         if LOG_ONLY.search(name.lower()):
-            common = series.drop_nulls().min()
+            first = series.drop_nulls().min()
+            is_number = isinstance(first, float)
             return [
                 *lines,
-                'kind = "categorical"',
+                'kind = "numeric"' if is_number else 'kind = "categorical"',
                 'scope = "cross"',
                 'source = "log_only"  # known in the log, not at request time',
-                f"serving_value = {common!r}" if isinstance(common, int) else "serving_value = 1",
+                f"serving_value = {first if isinstance(first, int | float) else 1}",
             ]
         source = {"user": "store", "item": "items"}.get(scope, "request")
         distinct = series.n_unique()
         is_count = series.dtype.is_integer() and not re.search(r"(_id|id|code|type)$", name.lower())
-        if series.dtype.is_float() or (is_count and distinct > MAX_SMALL_INTEGERS):
+        if (
+            series.dtype.is_float()
+            or series.dtype.is_decimal()
+            or (is_count and distinct > MAX_SMALL_INTEGERS)
+        ):
             return [*lines, 'kind = "numeric"', *_scope(scope, source), *_log1p(series)]
         if distinct > MAX_VOCABULARY:
             return [*lines, 'kind = "hashed"', *_scope(scope, source), "num_buckets = 1000000"]
@@ -221,6 +228,10 @@ def _steps(
             "order with --label",
             path=path,
         )
+    for _, label in found:
+        if not (frame[label].dtype.is_numeric() or frame[label].dtype == pl.Boolean):
+            kind = "text" if frame[label].dtype == pl.String else str(frame[label].dtype)
+            raise LogError(f"{path}: label {label!r} is {kind}, expected 0 or 1", path=path)
     return [(step, label, _event_time(frame, step, label)) for step, label in found]
 
 

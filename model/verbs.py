@@ -325,6 +325,8 @@ def _training_progress() -> Iterator[Any]:  # Any: model.train.Progress, which i
 def _print_metrics(by_name: dict[str, dict[str, Any]]) -> None:
     """One row per metric, one column per named set of metrics."""
     table = Table("metric", *(name.replace("_", " ") for name in by_name))
+    table.columns[0].no_wrap = True
+    table.columns[0].min_width = max(map(len, next(iter(by_name.values()))))
     for metric in next(iter(by_name.values())):
         if metric in ("step", "loss"):
             continue

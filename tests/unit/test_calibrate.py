@@ -149,6 +149,24 @@ def test_isotonic_recovers_a_step_that_no_line_has() -> None:
     np.testing.assert_allclose(found, [0.1, 0.1, 0.6, 0.6], rtol=0, atol=0.03)
 
 
+@pytest.mark.parametrize("spread", [0.001, 0.03, 1.0])
+def test_isotonic_is_never_steep(spread: float) -> None:
+    """A slope multiplies the graph's rounding: torch and ONNX Runtime would differ too much."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(-2.0, spread, 3000)
+    label = (rng.random(3000) < sigmoid(-2.0 + (logits + 2.0) / spread)).astype(np.int8)
+
+    (calibrator,) = fit_calibrators(
+        logits[:, None].astype(np.float32),
+        labels_of(label[:, None]),
+        user=np.arange(3000),
+        methods=["isotonic"],
+    )
+
+    mapped = calibrator.apply(np.linspace(-2.0 - 4 * spread, -2.0 + 4 * spread, 500))
+    assert np.diff(mapped).max() <= 20.001 * 8 * spread / 499
+
+
 def test_weights_count_as_rows() -> None:
     logits, labels, user = sample(3, rows=2000)
     weight = np.where(np.arange(2000) % 2, 3.0, 1.0).astype(np.float32)

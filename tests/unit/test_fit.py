@@ -1,3 +1,4 @@
+import datetime as dt
 from typing import Any
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 
 from model.contract.columns import Dictionary
 from model.contract.encode import Encoder
+from model.contract.errors import EncodeError
 from model.contract.spec import FittedSchema, parse_schema
 from model.fit import fit_schema
 
@@ -93,6 +95,12 @@ def test_request_values_count_once_per_impression(column: Any) -> None:
     fitted = fit(request={"town": column}, request_of=[0, 1, 1, 1])
 
     assert fitted.vocabularies["town"] == ("y", "x")
+
+
+@pytest.mark.parametrize("value", [True, 1.5, dt.date(2024, 1, 1)])
+def test_value_that_is_no_id_is_named_with_its_feature(value: object) -> None:
+    with pytest.raises(EncodeError, match="feature 'brand': expected an id"):
+        fit(candidate={"brand": ["a", value, "b", "c"]})
 
 
 def test_feature_without_a_column_has_an_empty_vocabulary() -> None:

@@ -1,0 +1,341 @@
+"""The TAFE-style network's exact limits: papers.md section 9, T17 to T24."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from model.contract.encode import Encoder
+from model.golden import synthetic_requests
+from model.nets import build_net
+from model.nets.layers import NetInput, NetSpec
+from model.nets.tafe import GroupedSetAttention, PatternSelector, Tafe
+
+SMALL: dict[str, Any] = {
+    "embedding": 4,
+    "dropout": 0.0,
+    "width": 8,
+    "patterns": 3,
+    "pattern_hidden": 16,
+    "pattern": 12,
+    "head": 8,
+    "indicator": 4,
+}
+ENCODER = Encoder(tiny.fitted_schema())
+SPEC = NetSpec.of(ENCODER)
+
+both_tokens = pytest.mark.parametrize("tokens", ["grouped", "fields"])
+
+
+def make(tokens: str, **options: Any) -> Tafe:
+    """Moved off its start: what starts at zero would hide faults."""
+    torch.manual_seed(0)
+    net = build_net("tafe", spec=SPEC, options={**SMALL, "tokens": tokens, **options})
+    assert isinstance(net, Tafe)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return net.eval()
+
+
+def inputs(num_rows: int = 12) -> NetInput:
+    requests = synthetic_requests(
+        ENCODER, sizes=[1] * num_rows, last_time=tiny.NOON, rng=np.random.default_rng(0)
+    )
+    return NetInput.of(requests.encode(ENCODER))
+
+
+def linear(copy: Any, values: Tensor, index: int = 0) -> Tensor:
+    """Layer `index` of a BatchedLinear, by hand."""
+    return values @ copy.weight[index] + copy.bias[index]
+
+
+@both_tokens
+def test_t17_selector_off_gives_every_step_the_same_representation(tokens: str) -> None:
+    representations = make(tokens, use_selector=False)(inputs()).representations
+
+    assert torch.equal(representations[:, 0], representations[:, 1])
+
+
+@both_tokens
+def test_t17_selector_off_is_the_mean_of_the_patterns(tokens: str) -> None:
+    net, given = make(tokens, use_selector=False), inputs()
+
+    output = net(given)
+
+    mean = net.patterns(net.tokens(given)).mean(dim=0)
+    torch.testing.assert_close(output.representations[:, 0], mean, rtol=0, atol=1e-6)
+    shared = net.heads(mean.unsqueeze(1).expand(-1, 2, -1))
+    torch.testing.assert_close(output.logits, shared, rtol=0, atol=1e-6)
+
+
+@both_tokens
+def test_t18_one_pattern_is_always_selected(tokens: str) -> None:
+    net, given = make(tokens, patterns=1), inputs()
+    patterns = net.patterns(net.tokens(given))
+
+    weights = net.selector.weights(patterns)
+
+    assert torch.equal(weights, torch.ones(12, 2, 1))
+    representations = net(given).representations
+    torch.testing.assert_close(representations[:, 0], patterns[0], rtol=0, atol=0)
+    torch.testing.assert_close(representations[:, 1], patterns[0], rtol=0, atol=0)
+
+
+@both_tokens
+def test_t18_one_pattern_gives_the_indicators_no_gradient(tokens: str) -> None:
+    net = make(tokens, patterns=1)
+
+    net(inputs()).logits.sum().backward()
+
+    assert net.selector.indicators.grad is not None
+    assert not net.selector.indicators.grad.any()
+
+
+@both_tokens
+def test_t19_zero_excitation_is_no_excitation(tokens: str) -> None:
+    given, net = inputs(), make(tokens)
+    assert net.excitation is not None
+    with torch.no_grad():
+        net.excitation.excite.weight.zero_()
+    without = make(tokens, use_excitation=False)
+    kept = {k: v for k, v in net.state_dict().items() if not k.startswith("excitation")}
+    without.load_state_dict(kept)
+
+    assert torch.equal(net(given).logits, without(given).logits)
+
+
+def test_t19_gate_starts_at_exactly_one() -> None:
+    net = build_net("tafe", spec=SPEC, options=SMALL)
+    assert isinstance(net, Tafe)
+    assert net.excitation is not None
+    assert net.attention is not None
+
+    gate = net.excitation(net.attention(net.tokens(inputs())))
+
+    assert torch.equal(gate, torch.ones_like(gate))
+
+
+def test_t19_gate_is_between_zero_and_two_per_row_and_token() -> None:
+    net = make("fields")
+    assert net.excitation is not None
+    assert net.attention is not None
+
+    gate = net.excitation(net.attention(net.tokens(inputs())))
+
+    assert gate.shape == (3, 12, net.tokens.num_tokens, 1)
+    assert (gate > 0).all()
+    assert (gate < 2).all()
+    assert not torch.allclose(gate[:, 0], gate[:, 1])
+
+
+@both_tokens
+def test_t20_all_switches_off_is_a_shared_bottom_by_hand(tokens: str) -> None:
+    given = inputs()
+    net = make(tokens, patterns=1, use_attention=False, use_selector=False)
+
+    output = net(given)
+
+    flat = net.tokens(given).flatten(1)
+    hidden = torch.relu(linear(net.pattern_hidden, flat))
+    shared = torch.relu(linear(net.pattern_output, hidden))
+    logits = [
+        linear(net.heads.output, torch.relu(linear(net.heads.hidden, shared, t)), t)
+        for t in range(2)
+    ]
+    torch.testing.assert_close(output.logits, torch.cat(logits, dim=1), rtol=0, atol=1e-6)
+
+
+def test_t20_field_tokens_are_linear_projections_of_each_field() -> None:
+    net, given = make("fields"), inputs()
+    embedding = net.tokens.embedding
+
+    tokens = net.tokens(given)
+
+    project = net.tokens.project
+    request, candidate = embedding.request(given), embedding.candidate(given)
+    dense = net.tokens.request_dense(given.request_dense)  # type: ignore[misc, operator]  # a layer
+    by_hand = [
+        *(project(request[:, j]) for j in range(request.shape[1])),
+        project(dense),
+        *(project(candidate[:, j]) for j in range(candidate.shape[1])),
+        project(net.tokens.candidate_dense(given.candidate_dense)),  # type: ignore[misc, operator]  # a layer
+    ]
+    # 5 request ids and a history, 3 candidate ids, one token for each side's numbers.
+    assert tokens.shape == (12, 11, 8)
+    torch.testing.assert_close(tokens, torch.stack(by_hand, dim=1), rtol=0, atol=1e-6)
+
+
+def test_t20_grouped_tokens_are_two_per_group() -> None:
+    tokens = make("grouped").tokens(inputs())
+
+    assert tokens.shape == (12, 6, 8)
+
+
+def attention(*, heads: int = 2, num_inducing: int = 2, width: int = 8) -> GroupedSetAttention:
+    torch.manual_seed(0)
+    module = GroupedSetAttention(3, width, heads=heads, num_inducing=num_inducing)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return module
+
+
+def test_t21_permuting_tokens_permutes_the_result() -> None:
+    module, tokens = attention(), torch.randn(5, 7, 8)
+    order = torch.tensor([3, 0, 6, 2, 5, 1, 4])
+
+    permuted = module(tokens[:, order])
+
+    torch.testing.assert_close(permuted, module(tokens)[:, :, order], rtol=0, atol=1e-6)
+
+
+def test_t21_one_head_one_token_one_point_by_hand() -> None:
+    """With one key every softmax is 1, and attention returns the value itself."""
+    module = attention(heads=1, num_inducing=1, width=3)
+    x = torch.tensor([[[0.5, -1.0, 2.0]]])
+    weights = {
+        name: value.detach().numpy().astype(np.float64)
+        for name, value in module.named_parameters()
+    }
+
+    result = module(x).detach().numpy()
+
+    def layer(name: str, values: npt.NDArray[np.float64], g: int) -> npt.NDArray[np.float64]:
+        out: npt.NDArray[np.float64] = values @ weights[f"{name}.weight"][g]
+        return out + weights[f"{name}.bias"][g, 0]
+
+    def norm(index: int, values: npt.NDArray[np.float64], g: int) -> npt.NDArray[np.float64]:
+        normal = (values - values.mean()) / np.sqrt(values.var() + 1e-5)
+        out: npt.NDArray[np.float64] = normal * weights[f"norms.{index}.scale"][g, 0]
+        return out + weights[f"norms.{index}.shift"][g, 0]
+
+    def block(
+        first: int, joined: npt.NDArray[np.float64], g: int
+    ) -> npt.NDArray[np.float64]:
+        o = norm(first, joined, g)
+        return norm(first + 1, o + np.maximum(layer(f"outputs.{first // 2}", o, g), 0.0), g)
+
+    projected = x[0, 0].numpy() @ weights["from_tokens.weight"].T + weights["from_tokens.bias"]
+    _, value, query = projected.reshape(3, 3, 3)  # key, value, query, each [G, width]
+    for g in range(3):
+        point = layer("inducing_query", weights["inducing"][g, 0], g)
+        summary = block(0, point + value[g], g)
+        second = layer("from_inducing", summary, g)[3:]
+        expected = block(2, query[g] + second, g)
+        np.testing.assert_allclose(result[g, 0, 0], expected, rtol=0, atol=1e-5)
+
+
+def test_t21_heads_must_divide_the_width() -> None:
+    with pytest.raises(ValueError, match="width 8 is not a multiple of 3 heads"):
+        GroupedSetAttention(1, 8, heads=3, num_inducing=1)
+
+
+def test_t21_patterns_do_not_touch_each_other() -> None:
+    module, tokens = attention(), torch.randn(4, 5, 8)
+    before = module(tokens)
+    with torch.no_grad():
+        module.inducing[1] += 1.0
+
+    after = module(tokens)
+
+    assert torch.equal(after[0], before[0])
+    assert torch.equal(after[2], before[2])
+    assert not torch.allclose(after[1], before[1])
+
+
+@both_tokens
+def test_t22_selection_adds_up_to_one(tokens: str) -> None:
+    net, given = make(tokens), inputs()
+
+    weights = net.selector.weights(net.patterns(net.tokens(given)))
+
+    assert weights.shape == (12, 2, 3)
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(12, 2), rtol=0, atol=1e-6)
+
+
+@both_tokens
+def test_t22_swapping_indicators_swaps_representations(tokens: str) -> None:
+    net, given = make(tokens), inputs()
+    before = net(given).representations
+    with torch.no_grad():
+        net.selector.indicators.copy_(net.selector.indicators.flip(0))
+
+    after = net(given).representations
+
+    torch.testing.assert_close(after, before.flip(1), rtol=0, atol=1e-6)
+    assert not torch.allclose(before[:, 0], before[:, 1])
+
+
+@both_tokens
+def test_t22_gradient_reaches_every_indicator_and_inducing_point(tokens: str) -> None:
+    net = make(tokens)
+
+    net(inputs()).logits.square().sum().backward()
+
+    assert net.attention is not None
+    for parameter in (net.selector.indicators, net.attention.inducing):
+        assert parameter.grad is not None
+        assert parameter.grad.flatten(0, -2).abs().amax(dim=-1).min() > 0
+
+
+def test_t22_selection_by_hand() -> None:
+    """Two patterns of width 1, keys 1 and 3, indicators 0 and ln 3 / 2: odds 1 and 3."""
+    selector = PatternSelector(2, 1, 1)
+    with torch.no_grad():
+        selector.key.weight.fill_(1.0)
+        selector.indicators.copy_(torch.tensor([[0.0], [np.log(3.0) / 2]]))
+
+    patterns = torch.tensor([[[1.0]], [[3.0]]])
+
+    torch.testing.assert_close(
+        selector.weights(patterns), torch.tensor([[[0.5, 0.5], [0.25, 0.75]]])
+    )
+    torch.testing.assert_close(
+        selector(patterns, is_uniform=False), torch.tensor([[[2.0], [2.5]]])
+    )
+
+
+@both_tokens
+def test_t23_selection_depends_on_the_row(tokens: str) -> None:
+    net, given = make(tokens), inputs()
+
+    weights = net.selector.weights(net.patterns(net.tokens(given)))
+
+    assert (weights - weights[:1]).abs().amax(dim=(1, 2))[1:].min() > 1e-4
+
+
+def test_t24_full_size_has_the_parameters_of_the_closed_formula() -> None:
+    """papers.md 2.4: F=18, d=16, d_h=32, m=4, G=4, k=80, T=2: 466,722 without tables."""
+    spec = NetSpec(
+        request_tables={f"r{i}": 10 for i in range(8)},
+        candidate_tables={f"c{i}": 10 for i in range(10)},
+        request_dense=0,
+        candidate_dense=0,
+        histories=(),
+        num_steps=2,
+    )
+    net = build_net(
+        "tafe",
+        spec=spec,
+        options={
+            "tokens": "fields",
+            "embedding": 16,
+            "width": 32,
+            "heads": 2,
+            "inducing": 4,
+            "patterns": 4,
+            "pattern_hidden": 160,
+            "pattern": 80,
+            "head": 40,
+            "indicator": 32,
+        },
+    )
+
+    tables = {id(parameter) for parameter in net.embedding_parameters()}
+    dense = sum(p.numel() for p in net.parameters() if id(p) not in tables)
+    assert dense == 466_722
