@@ -29,11 +29,10 @@ from loadtest.openloop import (
     quantiles_ms,
     run_open_loop,
 )
-from loadtest.rig import running_service
+from loadtest.rig import RedisProcess, running_service
 from service.materialize import load_records
 from service.settings import StoreSettings
 from service.stores import open_store
-from service.stores.embedded import EmbeddedRedis
 
 BEFORE_S, AWAY_S, AFTER_S = 4.0, 6.0, 6.0
 MAX_BODIES = 200
@@ -49,7 +48,7 @@ def main(bundle: Path, items: Path, records: Path, request_file: Path, timeout_m
     """Prints one JSON object per fault."""
     bodies = make_bodies(request_file, records, timeout_ms=timeout_ms)
     with tempfile.TemporaryDirectory() as directory:
-        server = EmbeddedRedis(Path(directory))
+        server = RedisProcess(Path(directory))
         server.start()
         try:
             asyncio.run(_fill(server.url, records))
@@ -60,7 +59,7 @@ def main(bundle: Path, items: Path, records: Path, request_file: Path, timeout_m
                     )
                     click.echo(json.dumps(report))
         finally:
-            server.stop()
+            server.end()
 
 
 def make_bodies(request_file: Path, records: Path, *, timeout_ms: int) -> list[bytes]:
@@ -80,7 +79,7 @@ async def _fill(url: str, records: Path) -> None:
 
 
 async def _one_fault(
-    url: str, bodies: list[bytes], server: EmbeddedRedis, *, fault: str, timeout_ms: int
+    url: str, bodies: list[bytes], server: RedisProcess, *, fault: str, timeout_ms: int
 ) -> dict[str, Any]:  # Any: JSON
     client = HttpClient(url)
     await measure_saturation(client, bodies, concurrency=8, seconds=2.0)  # warm-up
@@ -105,21 +104,12 @@ async def _one_fault(
     return _report(outcomes, marks, fault=fault, saturation=saturation, timeout_ms=timeout_ms)
 
 
-def _fault(server: EmbeddedRedis, fault: str) -> tuple[Callable[[], None], Callable[[], None]]:
+def _fault(server: RedisProcess, fault: str) -> tuple[Callable[[], None], Callable[[], None]]:
+    """What takes the server away, and what brings it back."""
     if fault == "stopped":
-        assert server.pid is not None
         pid = server.pid
-        return (
-            lambda: os.kill(pid, signal.SIGSTOP),
-            lambda: os.kill(pid, signal.SIGCONT),
-        )
-
-    def kill() -> None:
-        assert server.pid is not None
-        os.kill(server.pid, signal.SIGKILL)
-        server.stop()
-
-    return kill, server.start
+        return (lambda: os.kill(pid, signal.SIGSTOP), lambda: os.kill(pid, signal.SIGCONT))
+    return (lambda: server.end(signal.SIGKILL), server.start)
 
 
 def _report(

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -98,8 +98,8 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    embedding: int = 16
-    dropout: float = 0.1
+    embedding: int = Field(default=16, ge=1)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
 
 
 class Net(nn.Module):

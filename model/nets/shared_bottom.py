@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from pydantic import Field, PositiveInt
 from torch import nn
 
 from model.nets.layers import FieldEmbedding, Heads, Net, NetInput, NetOutput, NetSpec, Options, mlp
@@ -11,8 +12,8 @@ from model.nets.layers import FieldEmbedding, Heads, Net, NetInput, NetOutput, N
 class SharedBottomOptions(Options):
     """Sizes; `widths` are those of the bottom."""
 
-    widths: tuple[int, ...] = (256, 128, 64)
-    head: int = 32
+    widths: tuple[PositiveInt, ...] = Field(default=(256, 128, 64), min_length=1)
+    head: int = Field(default=32, ge=1)
 
 
 class SharedBottom(Net):
@@ -26,8 +27,8 @@ class SharedBottom(Net):
         self.embedding = FieldEmbedding(spec, width=width)
         num_request = (len(spec.request_tables) + len(spec.histories)) * width + spec.request_dense
         num_candidate = len(spec.candidate_tables) * width + spec.candidate_dense
-        self.request_layer = nn.Linear(num_request, options.widths[0])
-        self.candidate_layer = nn.Linear(num_candidate, options.widths[0], bias=False)
+        self.request_layer = nn.Linear(num_request, options.widths[0]) if num_request else None
+        self.candidate_layer = nn.Linear(num_candidate, options.widths[0], bias=not num_request)
         self.dropout = nn.Dropout(options.dropout)
         self.bottom = mlp(options.widths, dropout=options.dropout)
         self.heads = Heads(
@@ -37,14 +38,16 @@ class SharedBottom(Net):
 
     def forward(self, inputs: NetInput) -> NetOutput:
         """See `Net`."""
-        request = torch.cat(
-            [self.embedding.request(inputs).flatten(1), inputs.request_dense], dim=1
-        )
         candidate = torch.cat(
             [self.embedding.candidate(inputs).flatten(1), inputs.candidate_dense], dim=1
         )
-        hidden = self.request_layer(request).index_select(0, inputs.request_of)
-        hidden = self.dropout(torch.relu(hidden + self.candidate_layer(candidate)))
+        hidden = self.candidate_layer(candidate)
+        if self.request_layer is not None:
+            request = torch.cat(
+                [self.embedding.request(inputs).flatten(1), inputs.request_dense], dim=1
+            )
+            hidden = hidden + self.request_layer(request).index_select(0, inputs.request_of)
+        hidden = self.dropout(torch.relu(hidden))
         shared = self.bottom(hidden).unsqueeze(1).expand(-1, self.num_steps, -1)
         return NetOutput(logits=self.heads(shared), representations=shared)
 

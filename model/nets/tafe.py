@@ -7,10 +7,10 @@ formulas are ours.
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from model.nets.layers import (
@@ -53,6 +53,12 @@ class TafeOptions(Options):
     use_attention: bool = True
     use_excitation: bool = True
     use_selector: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
+        return self
 
 
 class Tafe(Net):
@@ -124,7 +130,9 @@ class GroupedTokens(nn.Module):
         self.embedding = FieldEmbedding(spec, width=width)
         self.width = options.width
         num_request = (len(spec.request_tables) + len(spec.histories)) * width + spec.request_dense
-        self.request = nn.Linear(num_request, options.request_tokens * options.width)
+        self.request = (
+            nn.Linear(num_request, options.request_tokens * options.width) if num_request else None
+        )
         num_ids = len(spec.candidate_tables) * width
         self.ids = nn.Linear(num_ids, options.id_tokens * options.width) if num_ids else None
         self.dense = (
@@ -133,17 +141,19 @@ class GroupedTokens(nn.Module):
             else None
         )
         self.num_tokens = (
-            options.request_tokens
+            (options.request_tokens if self.request is not None else 0)
             + (options.id_tokens if self.ids is not None else 0)
             + (options.dense_tokens if self.dense is not None else 0)
         )
 
     def forward(self, inputs: NetInput) -> Tensor:
         """Tokens [B, F, width]."""
-        request = torch.cat(
-            [self.embedding.request(inputs).flatten(1), inputs.request_dense], dim=1
-        )
-        parts = [self.request(request).index_select(0, inputs.request_of)]
+        parts = []
+        if self.request is not None:
+            request = torch.cat(
+                [self.embedding.request(inputs).flatten(1), inputs.request_dense], dim=1
+            )
+            parts.append(self.request(request).index_select(0, inputs.request_of))
         if self.ids is not None:
             parts.append(self.ids(self.embedding.candidate(inputs).flatten(1)))
         if self.dense is not None:

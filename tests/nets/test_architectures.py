@@ -1,5 +1,6 @@
 """A matrix: every architecture, every check. A new architecture joins by its entry in CASES."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,15 @@ SPEC = NetSpec.of(ENCODER)
 NO_REQUEST = replace(SPEC, request_tables={}, request_dense=0, histories=())
 
 each_net = pytest.mark.parametrize("case", CASES)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Products this small only wait for a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def make(case: str, *, spec: NetSpec = SPEC, seed: int = 0, **options: Any) -> Net:
@@ -69,9 +79,7 @@ def taken(given: Blocks, rows: list[int]) -> Blocks:
             dense=given.request.dense[request],
             history=given.request.history[request],
         ),
-        candidate=CandidateBlock(
-            ids=given.candidate.ids[rows], dense=given.candidate.dense[rows]
-        ),
+        candidate=CandidateBlock(ids=given.candidate.ids[rows], dense=given.candidate.dense[rows]),
         request_of=np.arange(len(rows), dtype=np.int64),
     )
 
@@ -111,7 +119,13 @@ def test_shapes(case: str, num_steps: int) -> None:
         replace(SPEC, request_dense=0),
         replace(SPEC, request_tables={}, candidate_tables={}, histories=()),
     ],
-    ids=["no request side", "no candidate ids", "no candidate numbers", "no request numbers", "no ids"],
+    ids=[
+        "no request side",
+        "no candidate ids",
+        "no candidate numbers",
+        "no request numbers",
+        "no ids",
+    ],
 )
 def test_inputs_of_no_width_are_no_obstacle(case: str, spec: NetSpec) -> None:
     if spec.histories:  # the tiny schema's history shares a table of the candidate side
@@ -163,9 +177,7 @@ def test_over_fits_64_rows(case: str) -> None:
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
 
     for _ in range(200):
-        loss = e2e(
-            net(given).logits, labels, row_weight=torch.ones(64, 2), step_weights=[1.0, 1.0]
-        )
+        loss = e2e(net(given).logits, labels, row_weight=torch.ones(64, 2), step_weights=[1.0, 1.0])
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own method is untyped
         optimizer.step()

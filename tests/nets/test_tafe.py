@@ -1,5 +1,6 @@
 """The TAFE-style network's exact limits: papers.md section 9, T17 to T24."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,15 @@ ENCODER = Encoder(tiny.fitted_schema())
 SPEC = NetSpec.of(ENCODER)
 
 both_tokens = pytest.mark.parametrize("tokens", ["grouped", "fields"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Products this small only wait for a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def make(tokens: str, **options: Any) -> Tafe:
@@ -186,7 +196,7 @@ def attention(*, heads: int = 2, num_inducing: int = 2, width: int = 8) -> Group
 
 
 def test_t21_permuting_tokens_permutes_the_result() -> None:
-    module, tokens = attention(), torch.randn(5, 7, 8)
+    module, tokens = attention().double(), torch.randn(5, 7, 8, dtype=torch.float64)
     order = torch.tensor([3, 0, 6, 2, 5, 1, 4])
 
     permuted = module(tokens[:, order])
@@ -199,8 +209,7 @@ def test_t21_one_head_one_token_one_point_by_hand() -> None:
     module = attention(heads=1, num_inducing=1, width=3)
     x = torch.tensor([[[0.5, -1.0, 2.0]]])
     weights = {
-        name: value.detach().numpy().astype(np.float64)
-        for name, value in module.named_parameters()
+        name: value.detach().numpy().astype(np.float64) for name, value in module.named_parameters()
     }
 
     result = module(x).detach().numpy()
@@ -214,9 +223,7 @@ def test_t21_one_head_one_token_one_point_by_hand() -> None:
         out: npt.NDArray[np.float64] = normal * weights[f"norms.{index}.scale"][g, 0]
         return out + weights[f"norms.{index}.shift"][g, 0]
 
-    def block(
-        first: int, joined: npt.NDArray[np.float64], g: int
-    ) -> npt.NDArray[np.float64]:
+    def block(first: int, joined: npt.NDArray[np.float64], g: int) -> npt.NDArray[np.float64]:
         o = norm(first, joined, g)
         return norm(first + 1, o + np.maximum(layer(f"outputs.{first // 2}", o, g), 0.0), g)
 
@@ -295,9 +302,7 @@ def test_t22_selection_by_hand() -> None:
     torch.testing.assert_close(
         selector.weights(patterns), torch.tensor([[[0.5, 0.5], [0.25, 0.75]]])
     )
-    torch.testing.assert_close(
-        selector(patterns, is_uniform=False), torch.tensor([[[2.0], [2.5]]])
-    )
+    torch.testing.assert_close(selector(patterns, is_uniform=False), torch.tensor([[[2.0], [2.5]]]))
 
 
 @both_tokens
