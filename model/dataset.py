@@ -62,7 +62,9 @@ class EncodedSplit:
         return Labels(values=self.label_values, known=self.label_known, weight=self.weight)
 
     def blocks(self, rows: "Rows | slice") -> Blocks:
-        """Blocks of some impressions; each requested row comes once per impression's request."""
+        """Blocks of some impressions, as copies; each of their requests comes once."""
+        if isinstance(rows, slice):
+            rows = np.arange(len(self))[rows]
         requests, request_of = np.unique(self.request_of[rows], return_inverse=True)
         return Blocks(
             request=RequestBlock(

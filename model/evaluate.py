@@ -54,7 +54,8 @@ def _base_rate_metrics(train: EncodedSplit, test: EncodedSplit, schema: Schema) 
     metrics = chain_metrics(rows, test.labels, schema=schema)
     for t, name in enumerate(space_names(schema)[0]):
         known = test.label_known[:, t]
-        metrics[f"rate_{name}"] = float(
-            np.average(test.label_values[known, t], weights=test.weight[known])
-        )
+        if known.any():
+            metrics[f"rate_{name}"] = float(
+                np.average(test.label_values[known, t], weights=test.weight[known])
+            )
     return metrics

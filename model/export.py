@@ -164,9 +164,7 @@ def to_onnx(graph: ScoringGraph, *, blocks: Blocks, outputs: Sequence[str]) -> b
         for name in INPUT_NAMES
     }
     with torch.no_grad(), warnings.catch_warnings():
-        # The exporter warns of deprecated calls of its own.
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # of its own deprecated calls and of shared axis names
         program = torch.onnx.export(
             graph,
             tuple(tensors.values()),

@@ -92,11 +92,13 @@ def train(
 
     Raises:
         SpecError: the configuration names what does not exist.
-        TrainError: the loss is not finite, or the checkpoint is of another configuration.
+        TrainError: the loss is not finite, the checkpoint is of another configuration, or there is
+            nothing to choose the best weights by.
     """
     if config.objective.name not in OBJECTIVES:
         known = ", ".join(OBJECTIVES)
         raise SpecError(f"no objective {config.objective.name!r}; there are {known}")
+    _check_validation(data)
     torch.set_num_threads(config.optimizer.num_threads or os.cpu_count() or 1)
     run = _Run(config, data, run_dir=run_dir, progress=progress)
     run.resume()
@@ -314,6 +316,19 @@ class _Run:
         else:
             self.state.stale += 1
         self.progress.on_evaluation(self.state.step, metrics)
+
+
+def _check_validation(data: EncodedData) -> None:
+    """Each step needs validation rows with and without it: else no loss tells weights apart."""
+    validation = data.splits["validation"]
+    for t, step in enumerate(data.fitted.schema_.steps):
+        known = validation.label_values[validation.label_known[:, t], t]
+        if not len(known) or known.min() == known.max():
+            raise TrainError(
+                f"of {len(known)} validation rows old enough, {int(known.sum())} have step "
+                f"{step.name!r}: some with and some without it are needed",
+                where="validation",
+            )
 
 
 def _make_optimizer(net: Net, options: OptimizerConfig) -> torch.optim.Optimizer:

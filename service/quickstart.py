@@ -40,7 +40,7 @@ class Trip:
     request: dict[str, Any]  # Any: JSON values
     time: str
     outcome: list[str]
-    impressions: pl.DataFrame
+    products: list[str]
 
 
 @click.command()
@@ -70,7 +70,7 @@ def quickstart(out: Path, once: bool, full: bool, port: int) -> None:
     bundle = stages.answer(
         "Bundle", "export", stages.run_dir("TAFE-style"), "--out", str(stages.out / "bundles")
     )["bundle"]
-    trip = choose_trip(data / "impressions.parquet")
+    trip = choose_trip(data)
     stages.ctr(
         "User records and item snapshot as of the trip",
         *("materialize", stages.run_dir("TAFE-style"), "--as-of", trip.time),
@@ -92,9 +92,10 @@ def quickstart(out: Path, once: bool, full: bool, port: int) -> None:
             stages.wait()
 
 
-def choose_trip(impressions: Path) -> Trip:
+def choose_trip(data: Path) -> Trip:
     """The test trip on which most promoted products were bought, the earliest of equals."""
-    log = pl.scan_parquet(impressions).filter(pl.col("split") == "test")
+    items = data / "items.parquet"
+    log = pl.scan_parquet(data / "impressions.parquet").filter(pl.col("split") == "test")
     best = (
         log.group_by("request_id")
         .agg(pl.col("conversion").sum(), pl.col("time").first())
@@ -118,7 +119,7 @@ def choose_trip(impressions: Path) -> Trip:
         "bought" if conversion else "bought its type" if click_ else ""
         for click_, conversion in rows.select("click", "conversion").iter_rows()
     ]
-    return Trip(request=request, time=when, outcome=outcome, impressions=rows)
+    return Trip(request=request, time=when, outcome=outcome, products=_product_names(rows, items))
 
 
 class _Stages:
@@ -230,18 +231,18 @@ def _show_answer(answer: Answer, trip: Trip, evaluation: Answer) -> None:
     items = answer["items"]
     order = sorted(range(len(items)), key=lambda i: -items[i]["pctcvr"])
     table = Table(
-        *("rank", "item_id", "pctr", "pcvr", "pctcvr", "display", "mailer", "the household"),
+        *("rank", "item_id", "product", "pctr", "pcvr", "pctcvr", "the household"),
         title=f"Household {trip.request['user_id']} at {trip.time}: {len(items)} candidates",
         caption="Promoted products of the shop, best first; what is not shown was not bought.",
     )
     for rank, i in enumerate(order, start=1):
         if rank > SHOWN_CANDIDATES and trip.outcome[i] != "bought":
             continue
-        item, row = items[i], trip.impressions.row(i, named=True)
+        item = items[i]
         table.add_row(
-            *(str(rank), str(item["item_id"])),
+            *(str(rank), str(item["item_id"]), trip.products[i]),
             *(f"{item[name]:.5f}" for name in ("pctr", "pcvr", "pctcvr")),
-            *(row["display_location"], row["mailer_location"], trip.outcome[i]),
+            trip.outcome[i],
         )
     Console().print(table)
     base_rate = evaluation["test_base_rate"]["rate_ctr"]
@@ -267,6 +268,13 @@ The service goes on. Try:
 Your own logs: ctr schema LOG.parquet --out schema.toml, then see the README.
 Ctrl-C ends the service and its Redis."""
     )
+
+
+def _product_names(rows: pl.DataFrame, items: Path) -> list[str]:
+    """What each candidate is, short enough for a table."""
+    types = pl.read_parquet(items, columns=["item_id", "product_type"])
+    joined = rows.select("item_id").join(types, on="item_id", how="left", maintain_order="left")
+    return [(name or "").rpartition(": ")[2][:24] for name in joined["product_type"]]
 
 
 def _free_port(wanted: int) -> int:

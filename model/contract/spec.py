@@ -39,11 +39,9 @@ class EventStatistic(_Frozen):
         event: which events count.
         aggregate: their number, the mean of `column`, or the time of the last one.
         column: the column averaged; only with `mean`.
-        attribute: an item feature; for item statistics, events of all items sharing its value
-            count.
-        whole_periods: count only the last so many whole periods of the schema's `period_days`;
-            None counts everything before. Item statistics need it: one snapshot then serves a
-            whole period.
+        attribute: an item feature; for item statistics, all events of items sharing its value.
+        whole_periods: count only so many last whole periods of `period_days`; None counts all
+            before. Item statistics need it: one snapshot then serves a whole period.
     """
 
     event: str

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import polars as pl
 import pytest
+import tiny
 import tomli_w
 import torch
 from onnx import numpy_helper
@@ -19,21 +20,22 @@ from model.config import TrainConfig
 from model.contract.bundle import PARITY_ABSOLUTE, PARITY_RELATIVE, Bundle, read_bundle
 from model.contract.encode import Encoder
 from model.contract.errors import LogError, ParityError, SpecError, TrainError
-
 from model.contract.record import look_up, pack_record, unpack_record
-from model.contract.spec import FIRST_CODE, load_schema
+from model.contract.spec import FIRST_CODE, FittedSchema, load_schema, parse_schema
 from model.dataset import EncodedData, EncodedSplit, load_data
 from model.evaluate import calibrate_run, evaluate_run
-from model.export import ScoringGraph, check_parity, export_bundle, make_session
+from model.export import ScoringGraph, check_parity, export_bundle, make_session, to_onnx
+from model.golden import golden_requests
 from model.history import AsOf, Tables
 from model.metrics import auc
-from model.nets.layers import Net
+from model.nets import ARCHITECTURES, build_net
+from model.nets.layers import Net, NetSpec
 from model.run import read_run, write_run
 from model.train import CHECKPOINT, Metrics, Progress, TrainResult, predict, train
 
 HOUR, DAY = 3_600, 86_400
 NUM_REQUESTS, PER_REQUEST, NUM_DAYS = 1_000, 4, 40
-NUM_USERS, NUM_ITEMS = 60, 40
+NUM_USERS, NUM_ITEMS = 40, 40
 START = 1_700_000_000 // DAY * DAY
 BRANDS = ("acme", "bolt", "crux", "dune", "echo")
 
@@ -141,7 +143,7 @@ def write_shop(path: Path) -> None:
     )
     position = np.tile(np.arange(1, PER_REQUEST + 1), NUM_REQUESTS)
     is_liked = brand_of[item] == taste[user[request]]
-    logit = -1.2 + 1.5 * is_liked - 0.2 * position
+    logit = -1.5 + 2.5 * is_liked - 0.2 * position
     click = rng.random(len(item)) < 1 / (1 + np.exp(-logit))
     bought = click & (rng.random(len(item)) < np.where(is_liked, 0.6, 0.25))
     impressions = pl.DataFrame(
@@ -227,13 +229,21 @@ class Trained:
         return float(time_range[1])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Products this small only wait for a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Trained, calibrated, evaluated and exported once; parity is checked on 10,000 random rows."""
     path = tmp_path_factory.mktemp("shop")
     write_shop(path)
     config = make_config(path)
-    threads = torch.get_num_threads()
     data = load_data(config, cache=path / "cache", progress=lambda text: None)
     result = fit(config, data, path / "run")
     calibrators = calibrate_run(result.net, data, config)
@@ -261,7 +271,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
             metrics={},
             last_time=float(time_range[1]),
         )
-    yield Trained(
+    return Trained(
         path=path,
         config=config,
         data=data,
@@ -270,7 +280,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
         evaluation=evaluation,
         bundle=read_bundle(bundle),
     )
-    torch.set_num_threads(threads)
 
 
 def scored(bundle: Bundle, split: EncodedSplit) -> dict[str, np.ndarray]:
@@ -358,11 +367,12 @@ def test_the_model_learns(trained: Trained) -> None:
     assert base["rate_ctr"] > base["rate_ctcvr"] > 0.0
 
 
-def test_evaluation_without_records_is_worse_but_calibrated(trained: Trained) -> None:
+def test_evaluation_without_records_loses_what_they_tell(trained: Trained) -> None:
+    """In this shop nothing else tells who likes what."""
     full, empty = trained.evaluation["test"], trained.evaluation["test_without_records"]
 
-    assert empty["auc_ctr"] < full["auc_ctr"]
-    assert 0.7 < empty["pcoc_ctr"] < 1.4
+    assert empty["auc_ctr"] < full["auc_ctr"] - 0.1
+    assert empty["auc_ctr"] == pytest.approx(0.5, abs=0.1)
 
 
 def test_scoring_without_records_ignores_what_is_stored(trained: Trained) -> None:
@@ -405,9 +415,7 @@ def test_t47_shuffled_labels_teach_nothing(trained: Trained, tmp_path: Path) -> 
     assert found == pytest.approx(0.5, abs=0.06)
 
 
-def test_t48_equal_seeds_give_the_same_curve_and_weights(
-    trained: Trained, tmp_path: Path
-) -> None:
+def test_t48_equal_seeds_give_the_same_curve_and_weights(trained: Trained, tmp_path: Path) -> None:
     losses: list[float] = []
     again = train(
         trained.config,
@@ -478,9 +486,7 @@ def test_a_finished_run_resumes_without_another_step(trained: Trained, tmp_path:
     assert same_weights(again.net, trained.result.net)
 
 
-def test_a_checkpoint_of_another_configuration_is_refused(
-    trained: Trained, tmp_path: Path
-) -> None:
+def test_a_checkpoint_of_another_configuration_is_refused(trained: Trained, tmp_path: Path) -> None:
     (tmp_path / CHECKPOINT).write_bytes((trained.path / "run" / CHECKPOINT).read_bytes())
 
     with pytest.raises(TrainError, match="of a run with another configuration"):
@@ -515,7 +521,7 @@ def test_validation_rows_without_a_conversion_stop_the_run(
     values[:, 1] = 0
     splits = {**trained.data.splits, "validation": with_labels(validation, values)}
 
-    with pytest.raises(TrainError, match="validation.*'conversion'"):
+    with pytest.raises(TrainError, match=r"validation.*'conversion'"):
         fit(trained.config, replace(trained.data, splits=splits), tmp_path)
 
 
@@ -524,7 +530,7 @@ def test_validation_rows_all_too_young_stop_the_run(trained: Trained, tmp_path: 
     masked = replace(validation, label_known=np.zeros_like(validation.label_known))
     splits = {**trained.data.splits, "validation": masked}
 
-    with pytest.raises(TrainError, match="validation.*'click'"):
+    with pytest.raises(TrainError, match=r"validation.*'click'"):
         fit(trained.config, replace(trained.data, splits=splits), tmp_path)
 
 
@@ -617,7 +623,9 @@ def test_a_feature_that_no_table_has_is_named(trained: Trained, tmp_path: Path) 
         tmp_path / "users.parquet"
     )
 
-    with pytest.raises(LogError, match="feature 'town' is in neither the impressions nor the users"):
+    with pytest.raises(
+        LogError, match="feature 'town' is in neither the impressions nor the users"
+    ):
         load_data(make_config(tmp_path), cache=tmp_path / "cache", progress=lambda text: None)
 
 
@@ -657,7 +665,7 @@ def test_a_damaged_file_of_a_run_is_named(
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:50])
 
-    with pytest.raises(error, match="damaged|does not fit"):
+    with pytest.raises(error, match=r"damaged|does not fit"):
         read_run(tmp_path)
 
 
@@ -747,14 +755,66 @@ def test_graph_runs_one_candidate_and_many_of_one_request(trained: Trained) -> N
         np.testing.assert_allclose(session.run(["pctr"], alone)[0], whole[take], rtol=0, atol=1e-6)
 
 
+def three_steps_without_a_request_side() -> Encoder:
+    schema = parse_schema(
+        {
+            "steps": [{"name": name, "label": name} for name in ("click", "cart", "buy")],
+            "features": [
+                {"name": "brand", "kind": "categorical", "scope": "item", "source": "items"},
+                {"name": "discount", "kind": "numeric", "scope": "cross", "source": "request"},
+            ],
+        }
+    )
+    return Encoder(FittedSchema(schema=schema, vocabularies={"brand": BRANDS}, moments={}))
+
+
+def tiny_encoder() -> Encoder:
+    return Encoder(tiny.fitted_schema())
+
+
+EXPORTS: dict[str, tuple[str, dict[str, Any], Callable[[], Encoder]]] = {
+    "shared bottom": ("shared_bottom", {"widths": (16, 8)}, tiny_encoder),
+    "field tokens": ("tafe", {"tokens": "fields", "width": 8}, tiny_encoder),
+    "three steps": ("tafe", {"width": 8}, three_steps_without_a_request_side),
+}
+
+
+def test_every_architecture_is_exported_here() -> None:
+    assert {name for name, _, _ in EXPORTS.values()} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("case", EXPORTS)
+def test_graph_of_every_architecture_is_within_parity(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every sort of calibrator; `check_parity` raises where torch and ONNX Runtime differ."""
+    monkeypatch.setattr(export, "NUM_PARITY_ROWS", 10_000)
+    name, options, make_encoder = EXPORTS[case]
+    encoder = make_encoder()
+    torch.manual_seed(0)
+    net = build_net(name, spec=NetSpec.of(encoder), options={**options, "embedding": 4})
+    net.set_base_rates([0.04, 0.01, 0.3][: len(encoder.schema.steps)])
+    calibrators = [
+        Calibrator(method="platt", slope=1.3, offset=-0.2),
+        Calibrator(method="isotonic", x=(-5.0, -4.0, -3.0), y=(-6.0, -4.5, -4.4)),
+        Calibrator(),
+    ][: len(encoder.schema.steps)]
+    graph = ScoringGraph(net, calibrators).eval()
+    blocks = golden_requests(encoder, last_time=tiny.NOON).encode(encoder)
+
+    model = to_onnx(graph, blocks=blocks, outputs=encoder.schema.output_names)
+
+    check_parity(graph, model, encoder=encoder, last_time=tiny.NOON)
+    names = [output.name for output in make_session(model).get_outputs()]
+    assert names == list(encoder.schema.output_names)
+
+
 def altered(model: bytes, change: Callable[[np.ndarray], np.ndarray]) -> bytes:
     """The graph with its largest weight matrix changed."""
     proto = onnx.load_model_from_string(model)
     tensors = [t for t in proto.graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
     largest = max(tensors, key=lambda t: int(np.prod(t.dims)))
-    largest.CopyFrom(
-        numpy_helper.from_array(change(numpy_helper.to_array(largest)), largest.name)
-    )
+    largest.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(largest)), largest.name))
     content: bytes = proto.SerializeToString()
     return content
 
@@ -766,9 +826,7 @@ def test_an_altered_weight_is_a_parity_error(
     model = altered(trained.bundle.model, lambda w: w * np.float32(1.01))
 
     with pytest.raises(ParityError, match="on golden rows: the graph differs") as caught:
-        check_parity(
-            trained.graph, model, encoder=trained.encoder, last_time=trained.last_time
-        )
+        check_parity(trained.graph, model, encoder=trained.encoder, last_time=trained.last_time)
 
     assert caught.value.max_abs_diff > caught.value.tolerance == PARITY_ABSOLUTE
 
@@ -780,9 +838,7 @@ def test_a_nan_in_the_graph_is_a_parity_error(
     model = altered(trained.bundle.model, lambda w: np.full_like(w, np.nan))
 
     with pytest.raises(ParityError):
-        check_parity(
-            trained.graph, model, encoder=trained.encoder, last_time=trained.last_time
-        )
+        check_parity(trained.graph, model, encoder=trained.encoder, last_time=trained.last_time)
 
 
 def test_no_bundle_is_written_when_the_graph_scores_otherwise(
@@ -819,9 +875,11 @@ def test_a_record_and_a_snapshot_encode_to_the_trainer_s_row(
     tables = {name: trained.path / f"{name}.parquet" for name in ("events", "items", "users")}
     as_of = AsOf(Tables.read(**tables, schema=schema), schema=schema)
     user = rows["user_id"][0]
-    ((_, made),) = as_of.user_records(time[0], max_keys=100, only=pl.Series([user]))
+    ((_, made),) = as_of.user_records(float(time[0]), max_keys=100, only=pl.Series([user]))
     record = unpack_record(pack_record(made))
-    items = rows.join(as_of.item_snapshot(time[0]), on="item_id", how="left", maintain_order="left")
+    items = rows.join(
+        as_of.item_snapshot(float(time[0])), on="item_id", how="left", maintain_order="left"
+    )
     encoder = trained.encoder
 
     columns: dict[str, Any] = {name: [value] for name, value in record.features.items()}

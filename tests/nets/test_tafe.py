@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from model.contract.encode import Encoder
 from model.golden import synthetic_requests
@@ -235,6 +236,23 @@ def test_t21_one_head_one_token_one_point_by_hand() -> None:
         second = layer("from_inducing", summary, g)[3:]
         expected = block(2, query[g] + second, g)
         np.testing.assert_allclose(result[g, 0, 0], expected, rtol=0, atol=1e-5)
+
+
+def test_t21_scores_are_scaled_per_head() -> None:
+    """torch's own attention scales by the width it is given, here that of one head."""
+    module = attention(heads=2)
+    query, key, value = torch.randn(3, 3, 4, 5, 8)  # each [G, B, F, D]
+
+    result = module._block(0, query, key, value)
+
+    def split(part: Tensor) -> Tensor:
+        return part.unflatten(-1, (2, 4)).transpose(-2, -3)  # [G, B, heads, F, 4]
+
+    attended = functional.scaled_dot_product_attention(split(query), split(key), split(value))
+    joined = query + attended.transpose(-2, -3).flatten(-2)
+    normal = module.norms[0](joined.flatten(1, 2))
+    expected = module.norms[1](normal + torch.relu(module.outputs[0](normal)))
+    torch.testing.assert_close(result, expected.reshape(query.shape), rtol=0, atol=1e-5)
 
 
 def test_t21_heads_must_divide_the_width() -> None:

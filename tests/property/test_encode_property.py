@@ -30,14 +30,14 @@ times = st.one_of(st.none(), st.floats(NOON - 400 * DAY, NOON + 400 * DAY))
 histories = st.one_of(st.none(), st.lists(st.tuples(ids, times), max_size=7))
 
 REQUEST_VALUES = {
-    **{name: ids for name in ("age_band", "loyalty", "store_id")},
-    **{name: amounts for name in ("trips", "basket")},
+    **dict.fromkeys(("age_band", "loyalty", "store_id"), ids),
+    **dict.fromkeys(("trips", "basket"), amounts),
     "last_trip": times,
     "recent": histories,
 }
 CANDIDATE_VALUES = {
-    **{name: ids for name in ("item_id", "brand", "display")},
-    **{name: amounts for name in ("price", "discount", "position")},
+    **dict.fromkeys(("item_id", "brand", "display"), ids),
+    **dict.fromkeys(("price", "discount", "position"), amounts),
     **{f"bought_{name}_count": amounts for name in ("item", "brand")},
     **{f"bought_{name}_last_time": times for name in ("item", "brand")},
 }

@@ -189,7 +189,7 @@ def test_a_bundle_written_without_a_file_is_refused(path: Path, name: str) -> No
 def test_a_manifest_that_is_no_json_is_corrupt(path: Path, data: bytes) -> None:
     (path / MANIFEST).write_bytes(data)
 
-    with pytest.raises(BundleCorrupt, match="manifest.json is not JSON"):
+    with pytest.raises(BundleCorrupt, match=r"manifest\.json is not JSON"):
         read_bundle(path)
 
 
@@ -197,7 +197,7 @@ def test_a_manifest_that_is_no_json_is_corrupt(path: Path, data: bytes) -> None:
 def test_another_contract_version_is_incompatible(path: Path, version: object) -> None:
     edit_manifest(path, lambda m: m.update(contract_version=version))
 
-    with pytest.raises(BundleIncompatible, match=f"contract version {version}, .* reads 1"):
+    with pytest.raises(BundleIncompatible, match=rf"contract version {version}, .* reads 1"):
         read_bundle(path)
 
 
@@ -227,14 +227,14 @@ def test_a_missing_field_of_the_manifest_is_named(path: Path) -> None:
 def test_an_edited_manifest_differs_from_its_digest(path: Path, value: list[str]) -> None:
     edit_manifest(path, lambda m: m.update(outputs=value))
 
-    with pytest.raises(BundleCorrupt, match="manifest.json differs from its digest"):
+    with pytest.raises(BundleCorrupt, match=r"manifest\.json differs from its digest"):
         read_bundle(path)
 
 
 def test_a_nan_in_the_manifest_is_corrupt(path: Path) -> None:
     edit_manifest(path, lambda m: m.update(metrics={"auc_ctr": float("nan")}))
 
-    with pytest.raises(BundleCorrupt, match="manifest.json"):
+    with pytest.raises(BundleCorrupt, match=r"manifest\.json"):
         read_bundle(path)
 
 
@@ -251,7 +251,7 @@ def test_a_path_among_the_file_names_is_refused(path: Path) -> None:
     fields = {k: v for k, v in content.items() if k != "bundle_id"}
     edit_manifest(path, lambda m: m.update(bundle_id=bundle_module._digest(fields)))
 
-    with pytest.raises(BundleCorrupt, match="'../x' is no file name"):
+    with pytest.raises(BundleCorrupt, match=r"'\.\./x' is no file name"):
         read_bundle(path)
 
 

@@ -258,20 +258,38 @@ def test_equal_logits_do_not_stop_the_fit() -> None:
     assert calibrator.method == "identity"
 
 
-def test_the_method_with_the_lowest_cross_validated_loss_is_chosen() -> None:
-    logits, labels, user = sample(1, rows=5000, slope=0.3, offset=-2.0)
+def choose(seed: int, **kwargs: Any) -> Calibrator:
+    logits, labels, user = sample(seed, **kwargs)
+    return fit_calibrators(logits[:, None].astype(np.float32), labels, user=user, methods=METHODS)[
+        0
+    ]
 
-    (calibrator,) = fit_calibrators(
-        logits[:, None].astype(np.float32), labels, user=user, methods=METHODS
-    )
+
+def test_every_method_s_cross_validated_loss_is_told() -> None:
+    logits, labels, _ = sample(1, rows=5000, slope=0.3, offset=-2.0)
+
+    calibrator = choose(1, rows=5000, slope=0.3, offset=-2.0)
 
     assert set(calibrator.log_loss) == set(METHODS)
-    assert calibrator.method != "identity"
-    assert calibrator.log_loss[calibrator.method] == min(calibrator.log_loss.values())
-    label = labels.values[:, 0].astype(np.float64)
-    raw = log_loss(sigmoid(logits), label, np.ones(5000))
+    raw = log_loss(sigmoid(logits), labels.values[:, 0].astype(np.float64), np.ones(5000))
     assert calibrator.log_loss["identity"] == pytest.approx(raw, rel=1e-6)
     assert calibrator.log_loss["platt"] < 0.9 * raw
+
+
+def test_a_method_that_is_clearly_better_is_chosen() -> None:
+    assert choose(1, rows=5000, slope=0.3, offset=-2.0).method == "platt"
+
+
+def test_a_gain_within_one_standard_error_is_not_taken() -> None:
+    calibrator = choose(1, rows=5000, slope=0.3, offset=-2.0)
+
+    assert calibrator.log_loss["isotonic"] < calibrator.log_loss["platt"]
+    assert calibrator.method == "platt"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_calibrated_scores_are_left_alone(seed: int) -> None:
+    assert choose(seed, rows=2000).method == "identity"
 
 
 def test_ties_go_to_the_first_method() -> None:

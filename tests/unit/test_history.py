@@ -12,7 +12,7 @@ import pytest
 from model.contract.encode import Encoder
 from model.contract.errors import LogError
 from model.contract.ids import canonical_ids, hash_ids
-from model.contract.record import MatchEntries, UserRecord, look_up, pack_record, unpack_record
+from model.contract.record import UserRecord, look_up, pack_record, unpack_record
 from model.contract.spec import EventStatistic, FittedSchema, History, Match, Schema, parse_schema
 from model.history import TIME, USER, AsOf, Tables
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import xxhash
 
-from model.contract.errors import EncodeError
 from model.contract.columns import map_ids
+from model.contract.errors import EncodeError
 from model.contract.ids import (
     HASH_NAME,
     HASH_SEED,

@@ -17,7 +17,7 @@ from model.contract.record import (
     unpack_record,
 )
 
-# The README quotes it: made at 1500000000, age "45-54", item 123 bought 3 times, last at 1499000000.
+# In the README: made at 1500000000, age "45-54", item 123 bought 3 times, last at 1499000000.
 VECTOR = (
     "85ae7265636f72645f76657273696f6e01aa757064617465645f6174cb41d65a0bc0000000a8666561747572657381a3"
     "616765a534352d3534a76d61746368657381ab626f756768745f6974656d83a46b657973c408820f26f1989fdcc1a663"
