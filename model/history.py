@@ -96,7 +96,8 @@ class AsOf:
         found = self._last_before(
             self._running(feature.attribute, feature.events), log.with_columns(keys.alias(KEY))
         )
-        return _float(found["_count"]), _float(found["_last"])
+        # Whole seconds, as a record holds them.
+        return _float(found["_count"]), np.floor(_float(found["_last"]))
 
     def user_statistic(self, statistic: EventStatistic, log: pl.DataFrame) -> Floats:
         """One statistic of each row's user as of its time, float64 [n]."""
