@@ -219,9 +219,10 @@ class _Run:
             return
         try:
             saved = torch.load(path, weights_only=True)
+            fingerprint = saved["config"]
         except Exception as exc:  # torch raises many kinds for a damaged file
             raise TrainError(f"{path} is damaged: {exc}", where=str(path)) from exc
-        if saved["config"] != self._fingerprint():
+        if fingerprint != self._fingerprint():
             raise TrainError(
                 f"{path} is of a run with another configuration or other data; choose another run "
                 "directory or delete it",

@@ -99,6 +99,8 @@ def _exit_code(exc: Exception) -> tuple[int, str] | None:
             f"the package {package!r} is not installed; pip install 'ctr-scoring[demo]' brings "
             "all that the verbs need"
         )
+    if isinstance(exc, OSError) and exc.filename is not None:
+        return EXIT_DATA, f"{exc.filename}: {exc.strerror}"
     # Imported here: `ctr --help` must stay quick, and the trainer runs without the service's parts.
     from service.errors import RequestRejected, StoreError
 

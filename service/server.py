@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from types import FrameType
+from typing import Literal
 
 import uvicorn
 from fastapi import FastAPI
@@ -45,7 +46,7 @@ class ScoringServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http="httptools" if _is_installed("httptools") else "h11",
+                http=_http_protocol(),
                 loop="uvloop" if _is_installed("uvloop") else "asyncio",
                 ws="none",
                 lifespan="off",  # entered here, so that its errors reach the command line
@@ -152,6 +153,14 @@ def _bind(host: str, port: int) -> socket.socket:
 def _url(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _http_protocol() -> "type[asyncio.Protocol] | Literal['h11']":
+    if not _is_installed("httptools"):
+        return "h11"
+    from service.http1 import Http1Protocol
+
+    return Http1Protocol
 
 
 def _is_installed(module: str) -> bool:

@@ -295,7 +295,7 @@ def _read_manifest(path: Path) -> Manifest:
         raise BundleNotFound(f"no bundle at {path} (no {MANIFEST})", where=str(path)) from exc
     except OSError as exc:
         raise BundleNotFound(f"{path}: {exc.strerror}", where=str(path)) from exc
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise BundleCorrupt(f"{path}: {MANIFEST} is not JSON", where=MANIFEST) from exc
     version = content.get("contract_version") if isinstance(content, dict) else None
     if version != CONTRACT_VERSION:

@@ -1,7 +1,10 @@
 """Circuit breaker: stop asking a server that keeps failing; knows nothing of the server."""
 
+import logging
 import time
 from collections.abc import Callable
+
+_log = logging.getLogger(__name__)
 
 
 class CircuitBreaker:
@@ -59,12 +62,19 @@ class CircuitBreaker:
         if not failed:
             self._num_failures = 0
             if self._opened_until is not None:
+                _log.warning("the online store answers again")
                 self._opened_until = None
                 self._is_probing = False
                 self._epoch += 1
             return
         self._num_failures += 1
         if self._is_probing or self._num_failures >= self._max_failures:
+            if self._opened_until is None:
+                _log.warning(
+                    "the online store failed %d times in a row: answers are degraded until it "
+                    "answers again",
+                    self._num_failures,
+                )
             self._opened_until = self._clock() + self._open_s
             self._is_probing = False
             self._epoch += 1

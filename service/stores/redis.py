@@ -19,7 +19,13 @@ import redis.exceptions
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from service.errors import StoreError, StoreMisconfigured, StoreTimeout, StoreUnavailable
+from service.errors import (
+    RecordCorrupt,
+    StoreError,
+    StoreMisconfigured,
+    StoreTimeout,
+    StoreUnavailable,
+)
 from service.stores.base import check_ttl
 from service.stores.breaker import CircuitBreaker, Permit
 
@@ -244,6 +250,10 @@ class RedisStore:
         async def run() -> object:
             try:
                 return await self._client.get(key)
+            except redis.exceptions.ResponseError as exc:
+                if str(exc).startswith("WRONGTYPE"):
+                    raise RecordCorrupt("redis: the key holds no string") from exc
+                raise _translate(exc) from exc
             except (redis.exceptions.RedisError, OSError) as exc:
                 raise _translate(exc) from exc
 
@@ -252,10 +262,10 @@ class RedisStore:
             self._slots.release()
             if task.cancelled():
                 permit.release()
-            elif task.exception() is not None:
-                permit.fail()
+            elif task.exception() is None or isinstance(task.exception(), RecordCorrupt):
+                permit.succeed()  # An answer about one key says nothing against the server.
             else:
-                permit.succeed()
+                permit.fail()
 
         task = asyncio.create_task(run(), name="redis-get")
         self._tasks.add(task)

@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.process, pytest.mark.redis]
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 60.0
+H2C_OFFER = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2-settings": "AAM"}
 BODY = {"user_id": 7, "time": tiny.NOON_TEXT, "candidates": [1, "2", 99]}
 
 
@@ -128,6 +129,7 @@ def test_records_loaded_before_are_served_until_sigterm(
     with serving(tmp_path, tiny_bundle, tiny_items, CTR_DRAIN_DELAY_MS=0) as served:
         children = psutil.Process(served.process.pid).children()
         answer = httpx.post(f"{served.url}/score", json=BODY).json()
+        offering = httpx.post(f"{served.url}/score", json=BODY, headers=H2C_OFFER)
         ready = httpx.get(f"{served.url}/readyz").json()
         served.process.send_signal(signal.SIGTERM)
         code = served.wait()
@@ -136,6 +138,8 @@ def test_records_loaded_before_are_served_until_sigterm(
     assert len(children) == 1
     assert code == 0
     assert ready == {"status": "ready", "bundle": tiny_bundle.name}
+    assert offering.status_code == 200
+    assert offering.json()["items"] == answer["items"]
     assert answer["user_status"] == "ok"
     assert answer["degraded"] == []
     assert [item["status"] for item in answer["items"]] == ["ok", "ok", "unknown_item"]

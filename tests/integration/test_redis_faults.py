@@ -20,7 +20,13 @@ from redis_rig import (
     until,
 )
 
-from service.errors import StoreError, StoreMisconfigured, StoreTimeout, StoreUnavailable
+from service.errors import (
+    RecordCorrupt,
+    StoreError,
+    StoreMisconfigured,
+    StoreTimeout,
+    StoreUnavailable,
+)
 from service.settings import StoreSettings
 from service.stores import open_store
 from service.stores.embedded import EmbeddedRedis
@@ -96,10 +102,13 @@ async def test_error_text_names_no_password(own_server: EmbeddedRedis) -> None:
     assert "hunter2" not in str(caught.value) + repr(caught.value.__cause__)
 
 
-async def test_key_of_another_type_is_misconfigured(own_server: EmbeddedRedis) -> None:
+async def test_key_of_another_type_harms_only_its_user(own_server: EmbeddedRedis) -> None:
     await configure(own_server, "HSET", "ctr:user:u1", "f", "v")
     async with opened(own_server.url) as store:
-        assert await error_of(store.get("u1")) is StoreMisconfigured
+        await store.set_many([("u2", b"2")], ttl_s=None)
+        for _ in range(20):
+            assert await error_of(store.get("u1")) is RecordCorrupt
+        assert await store.get("u2") == b"2"
 
 
 # What it does when it fails.
