@@ -61,6 +61,8 @@ class OptimizerConfig(_Section):
     one epoch is the default, with a rate that falls linearly to its end.
 
     Attributes:
+        batch_rows: the largest batch; smaller logs get smaller ones, down to 64 rows, and then more
+            epochs, up to 10, until there are `min_steps` steps.
         embedding_decay, dense_decay: decoupled weight decay per step, as a share of the rate.
         drop_record_share: share of requests trained without their user record.
         drop_id_share: share of item ids trained as unknown.
@@ -77,6 +79,7 @@ class OptimizerConfig(_Section):
     embedding_decay: float = Field(default=0.0, ge=0)
     dense_decay: float = Field(default=0.0, ge=0)
     max_epochs: int = Field(default=1, ge=1)
+    min_steps: int = Field(default=1000, ge=0)
     patience: int = Field(default=3, ge=1)
     evaluations_per_epoch: int = Field(default=4, ge=1)
     drop_record_share: float = Field(default=0.03, ge=0, lt=1)

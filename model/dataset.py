@@ -30,7 +30,7 @@ from model.fit import fit_schema
 from model.history import TIME, USER, AsOf, Tables
 from model.logs import SPLITS, ImpressionLog, Labels, read_log, unix_seconds
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 
 Rows = npt.NDArray[np.int64]
 Progress = Callable[[str], None]
@@ -135,8 +135,9 @@ def prepare(config: TrainConfig, *, schema: Schema, progress: Progress) -> Encod
     splits = {}
     for name in SPLITS:
         progress(f"encoding {name}")
-        # Position and the like are read as logged in training rows, fixed elsewhere, as online.
-        encoder = Encoder(fitted, serving=name != "train")
+        # Position and the like are read as logged where the model is fitted and chosen, and fixed
+        # as online where it is calibrated and measured.
+        encoder = Encoder(fitted, serving=name in ("calibration", "test"))
         splits[name] = encode_split(parts.pop(name), encoder)
     return EncodedData(fitted=fitted, splits=splits, report=_report(log, schema, splits))
 

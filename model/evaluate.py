@@ -9,7 +9,7 @@ from model.config import TrainConfig
 from model.contract.encode import Encoder
 from model.contract.spec import Schema
 from model.dataset import EncodedData, EncodedSplit
-from model.metrics import chain_metrics, space_names
+from model.metrics import chain_metrics
 from model.nets.layers import Net
 from model.run import Run
 from model.train import predict
@@ -18,9 +18,11 @@ from model.train import predict
 def calibrate_run(net: Net, data: EncodedData, config: TrainConfig) -> list[Any]:
     """Calibrators fitted on the calibration split, which nothing else was fitted or chosen on."""
     split = data.splits["calibration"]
-    return fit_calibrators(
-        predict(net, split), split.labels, user=split.user, methods=config.calibration.methods
-    )
+    methods = config.calibration.methods
+    if any(f.source == "log_only" for f in data.fitted.schema_.features):
+        # At its serving value a position says something else than the rows were logged at.
+        methods = tuple(name for name in methods if name != "identity") or methods
+    return fit_calibrators(predict(net, split), split.labels, user=split.user, methods=methods)
 
 
 def evaluate_run(run: Run, data: EncodedData) -> dict[str, Any]:
@@ -40,7 +42,7 @@ def evaluate_run(run: Run, data: EncodedData) -> dict[str, Any]:
 
 
 def _base_rate_metrics(train: EncodedSplit, test: EncodedSplit, schema: Schema) -> dict[str, Any]:
-    """What the training rates alone would score; the observed test rates beside them."""
+    """What the training rates alone would score."""
     values = train.label_values.astype(np.float64)
     weight = train.weight.astype(np.float64)
     cumulative = np.array(
@@ -51,11 +53,4 @@ def _base_rate_metrics(train: EncodedSplit, test: EncodedSplit, schema: Schema) 
     )
     conditional = cumulative / np.concatenate([[1.0], cumulative[:-1]])
     rows = np.broadcast_to(conditional.astype(np.float32), (len(test), len(conditional)))
-    metrics = chain_metrics(rows, test.labels, schema=schema)
-    for t, name in enumerate(space_names(schema)[0]):
-        known = test.label_known[:, t]
-        if known.any():
-            metrics[f"rate_{name}"] = float(
-                np.average(test.label_values[known, t], weights=test.weight[known])
-            )
-    return metrics
+    return chain_metrics(rows, test.labels, schema=schema)

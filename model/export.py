@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import platform
 import warnings
 from collections.abc import Mapping, Sequence
@@ -163,6 +164,8 @@ def to_onnx(graph: ScoringGraph, *, blocks: Blocks, outputs: Sequence[str]) -> b
         name: {0: requests if name.startswith("request_") and name != "request_of" else candidates}
         for name in INPUT_NAMES
     }
+    # It logs that torchvision is not there, which nothing here uses.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its own deprecated calls and of shared axis names
         program = torch.onnx.export(

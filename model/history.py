@@ -220,7 +220,10 @@ class AsOf:
                 values = pl.Series(self.user_statistic(statistic, log)).fill_nan(None)
                 scalars[feature.name] = values.to_list()
             elif users is not None and feature.name in users.columns:
-                taken = users[feature.name].gather(np.maximum(rows, 0)).to_list()
+                column = users[feature.name]
+                if column.dtype.is_temporal():
+                    column = pl.Series(unix_seconds(column)).fill_nan(None)
+                taken = column.gather(np.maximum(rows, 0)).to_list()
                 scalars[feature.name] = [
                     value if row >= 0 else None for value, row in zip(taken, rows, strict=True)
                 ]

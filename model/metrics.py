@@ -133,6 +133,8 @@ def _metrics(
     }
     if not len(label):
         return result
+    result[f"rate_{name}"] = float(np.average(label, weights=weight))
+    result[f"mean_{name}"] = float(np.average(predicted, weights=weight))
     for function in (auc, log_loss, ne, pcoc, ece):
         result[f"{function.__name__}_{name}"] = function(predicted, label, weight)
     if user is not None:

@@ -4,6 +4,7 @@ Guesses by names and by what depends on what in a sample. Refuses, with the reas
 known only after the impression; proposes position-like columns as `log_only`.
 """
 
+import json
 import re
 import tomllib
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ ITEM_NAMES = (
 )
 TIME_NAMES = ("time", "timestamp", "ts", "event_time", "time_stamp", "impression_time", "datetime")
 REQUEST_NAMES = ("request_id", "search_id", "srch_id", "query_id", "page_view_id", "pv_id")
-SPLIT_NAMES = ("split",)
+KEEP_RATE_NAMES = ("negative_keep_rate", "keep_rate", "sampling_rate", "sample_rate")
 STEP_NAMES = (
     ("click", ("click", "clicked", "is_click", "clk", "click_bool")),
     (
@@ -80,9 +81,11 @@ def propose_schema(
     when = _find(frame, time, TIME_NAMES, "time", path)
     steps = _steps(frame, labels, path)
     request = next((name for name in REQUEST_NAMES if name in frame.columns), None)
-    split = next((name for name in SPLIT_NAMES if name in frame.columns), None)
+    split = "split" if "split" in frame.columns else None
+    keep_rate = next((name for name in KEEP_RATE_NAMES if name in frame.columns), None)
     columns = _Columns(frame, user=user, item=item, time=when, request=request, steps=steps)
     log = {"user_id": user, "item_id": item, "time": when, "request_id": request, "split": split}
+    log["negative_keep_rate"] = keep_rate
     lines = [
         f"# Proposed from {path.name}; read it and correct it before you train.",
         'time_zone = "UTC"  # hour and weekday are told in it',
@@ -121,10 +124,10 @@ class _Columns:
         steps: list[tuple[str, str, str | None]],
     ) -> None:
         self._frame = frame.head(SAMPLE_ROWS)
-        self._user, self._item, self._request = user, item, request
+        self._user, self._item, self._time, self._request = user, item, time, request
         self._first_label = steps[0][1]
         self._labels = [label for _, label, _ in steps]
-        known = {user, time, request, "split"}
+        known = {user, time, request, "split", *KEEP_RATE_NAMES}
         known |= {label for _, label, _ in steps} | {t for _, _, t in steps}
         self._names = [name for name in frame.columns if name not in known]
         self.refused: dict[str, str] = {}
@@ -167,16 +170,16 @@ class _Columns:
         lines = ["", "[[features]]", f'name = "{name}"']
         scope = self._scope(name)
         if LOG_ONLY.search(name.lower()):
-            first = series.drop_nulls().min()
-            is_number = isinstance(first, float)
+            common = series.drop_nulls().mode().sort()[0]
+            is_number = isinstance(common, float)
             return [
                 *lines,
                 'kind = "numeric"' if is_number else 'kind = "categorical"',
                 'scope = "cross"',
                 'source = "log_only"  # known in the log, not at request time',
-                f"serving_value = {first if isinstance(first, int | float) else 1}",
+                f"serving_value = {json.dumps(common)}",
             ]
-        source = {"user": "store", "item": "items"}.get(scope, "request")
+        source = "items" if name == self._item else "request"
         distinct = series.n_unique()
         is_count = series.dtype.is_integer() and not re.search(r"(_id|id|code|type)$", name.lower())
         if (
@@ -192,18 +195,24 @@ class _Columns:
     def _scope(self, name: str) -> str:
         if name == self._item:
             return "item"
-        for scope, key in (("user", self._user), ("item", self._item), ("context", self._request)):
-            if key is not None and self._is_constant(name, key):
+        # One user at one instant is one request, where the log does not name requests.
+        request = [self._request] if self._request is not None else [self._user, self._time]
+        scopes = {"user": [self._user], "item": [self._item], "context": request}
+        for scope, keys in scopes.items():
+            if self._is_constant(name, keys):
                 return scope
-        return "cross"
+        return "cross" if self._has_repeats(request) else "context"
 
-    def _is_constant(self, name: str, key: str) -> bool:
+    def _groups(self, keys: list[str], *values: pl.Expr) -> pl.DataFrame:
+        groups = self._frame.group_by(keys).agg(pl.len().alias("_rows"), *values)
+        return groups.filter(pl.col("_rows") > 1)
+
+    def _has_repeats(self, keys: list[str]) -> bool:
+        return len(self._groups(keys)) > 0
+
+    def _is_constant(self, name: str, keys: list[str]) -> bool:
         """Whether the column has one value per key, in keys that occur more than once."""
-        groups = (
-            self._frame.group_by(key)
-            .agg(pl.len().alias("_rows"), pl.col(name).n_unique().alias("_values"))
-            .filter(pl.col("_rows") > 1)
-        )
+        groups = self._groups(keys, pl.col(name).n_unique().alias("_values"))
         return len(groups) > 0 and bool((groups["_values"] == 1).all())
 
 
@@ -273,7 +282,9 @@ def _separates(series: pl.Series, label: pl.Series) -> bool:
 
 
 def _scope(scope: str, source: str) -> list[str]:
-    return [f'scope = "{scope}"', f'source = "{source}"']
+    hint = {"user": '"store", with a users table', "item": '"items", with an items table'}
+    note = f"  # or {hint[scope]}" if scope in hint and source == "request" else ""
+    return [f'scope = "{scope}"', f'source = "{source}"{note}']
 
 
 def _log1p(series: pl.Series) -> list[str]:

@@ -105,7 +105,7 @@ def train(
     run.fit()
     run.net.load_state_dict(run.best_weights)
     run.net.eval()
-    rows = run.state.step * config.optimizer.batch_rows
+    rows = run.state.step * run.batch_rows
     return TrainResult(
         net=run.net, state=run.state, rows_per_second=rows / max(run.state.seconds, 1e-9)
     )
@@ -181,12 +181,26 @@ class _Run:
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self._train) // self.config.optimizer.batch_rows)
+        return -(-len(self._train) // self.batch_rows)
+
+    @property
+    def batch_rows(self) -> int:
+        """The configured rows, or the power of two, 64 or more, that makes `min_steps` an epoch."""
+        options = self.config.optimizer
+        fitting = len(self._train) // max(options.min_steps, 1)
+        return min(options.batch_rows, max(64, 1 << max(fitting.bit_length() - 1, 0)))
+
+    @property
+    def num_epochs(self) -> int:
+        """The configured epochs, or as many as make `min_steps`, 10 at most."""
+        options = self.config.optimizer
+        needed = -(-options.min_steps // self.steps_per_epoch)
+        return max(options.max_epochs, min(needed, 10))
 
     def fit(self) -> None:
         """Steps until patience or epochs run out; evaluates and saves on the way."""
         options = self.config.optimizer
-        last_step = self.steps_per_epoch * options.max_epochs
+        last_step = self.steps_per_epoch * self.num_epochs
         every = max(1, -(-self.steps_per_epoch // options.evaluations_per_epoch))
         order, epoch_of_order = np.empty(0, np.int64), -1
         running = 0.0
@@ -196,12 +210,12 @@ class _Run:
             if epoch != epoch_of_order:
                 rng = np.random.default_rng([options.seed, epoch])
                 order, epoch_of_order = rng.permutation(len(self._train)), epoch
-            rows = order[place * options.batch_rows : (place + 1) * options.batch_rows]
+            rows = order[place * self.batch_rows : (place + 1) * self.batch_rows]
             loss = self._step(rows, last_step)
             running = loss if not running else 0.98 * running + 0.02 * loss
             self.state.step += 1
             self.state.seconds += time.perf_counter() - started
-            done = min((place + 1) * options.batch_rows, len(self._train))
+            done = min((place + 1) * self.batch_rows, len(self._train))
             self.progress.on_rows(epoch, done, len(self._train), running)
             in_epoch = place + 1
             if in_epoch % every == 0 or in_epoch == self.steps_per_epoch:

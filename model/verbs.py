@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from model.contract.errors import LogError
+from model.contract.errors import EncodeError, LogError
 from model.contract.times import format_time, parse_time
 
 PATH = click.Path(path_type=Path)
@@ -155,7 +155,10 @@ def train(
         return
     click.echo(
         f"{run_dir}: best at step {result.state.best_step} of {result.state.step}, "
-        f"{result.rows_per_second:,.0f} rows/s, {training['dense_parameters']:,} dense parameters"
+        f"{result.rows_per_second:,.0f} rows/s, {training['dense_parameters']:,} dense parameters\n"
+        f"{encoded.report['rows_read']:,} rows read, "
+        f"{encoded.report['rows_broken_chain']:,} dropped as they break the chain, "
+        f"{_masked(encoded.report):,} masked as too young for a step"
     )
     _print_metrics({"validation": best})
 
@@ -267,7 +270,7 @@ def snapshot(run_or_config: Path, as_of: str, out: Path, as_json: bool) -> None:
 
     config = config_of(run_or_config)
     with _spinner() as say:
-        time = last_event_time(config) if as_of == "end" else parse_time(as_of, field="--as-of")
+        time = last_event_time(config) if as_of == "end" else _as_of_time(as_of)
         made = write_snapshot(config, as_of=time, out=out, progress=say)
     facts = {
         "as_of": format_time(time),
@@ -352,6 +355,17 @@ def _without_nan(value: Any) -> Any:  # Any: JSON values
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def _as_of_time(text: str) -> float:
+    try:
+        return parse_time(text, field="--as-of")
+    except EncodeError as exc:
+        raise click.BadParameter(exc.reason, param_hint="--as-of") from exc
+
+
+def _masked(report: dict[str, Any]) -> int:
+    return sum(split["masked"] for split in report["splits"].values())
 
 
 def _names_only(data_config: Any) -> Any:  # Any: model.config.DataConfig

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,6 @@ from service.settings import SettingsError
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
 DEFAULT_KEEP_TRIPS = 0.25
-SAMPLE_OVERRIDES = ("--set", "optimizer.batch_rows=512")  # as many steps with fewer rows
 SHOWN_CANDIDATES = 12
 
 Answer = dict[str, Any]  # Any: JSON values
@@ -60,10 +59,9 @@ def quickstart(out: Path, once: bool, full: bool, port: int) -> None:
     stages = _Stages(out.resolve())
     data, snapshot = stages.out / "data", stages.out / "snapshot"
     share = 1.0 if full else DEFAULT_KEEP_TRIPS
-    overrides = () if full else SAMPLE_OVERRIDES
     stages.ctr("Data", "data", "complete-journey", str(data), "--keep-trips", str(share))
     evaluations = {
-        name: _train(stages, name=name, config=data / config, overrides=overrides)
+        name: _train(stages, name=name, config=data / config)
         for name, config in (("shared bottom", "baseline.toml"), ("TAFE-style", "train.toml"))
     }
     _show_metrics(evaluations)
@@ -209,9 +207,9 @@ class _Stages:
         return done.stdout or b""
 
 
-def _train(stages: _Stages, *, name: str, config: Path, overrides: Sequence[str]) -> Answer:
+def _train(stages: _Stages, *, name: str, config: Path) -> Answer:
     run = stages.run_dir(name)
-    stages.answer(f"Training: {name}", "train", str(config), "--run", run, *overrides)
+    stages.answer(f"Training: {name}", "train", str(config), "--run", run)
     return stages.answer(f"Test rows: {name}", "evaluate", run)
 
 

@@ -243,7 +243,8 @@ def _locked(path: Path) -> Iterator[int]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as exc:
             raise StoreUnavailable(
-                f"embedded Redis: {path.parent} is in use by another server"
+                f"embedded Redis: {path.parent} is in use by another server; set another "
+                "CTR_STORE__DATA_DIR, or run a Redis of your own and set CTR_STORE__URL"
             ) from exc
         yield lock.fileno()
 

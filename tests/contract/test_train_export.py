@@ -122,6 +122,7 @@ SETTINGS: dict[str, Any] = {
         "learning_rate": 1e-2,
         "average_decay": 0.9,
         "max_epochs": 2,
+        "min_steps": 0,
         "evaluations_per_epoch": 2,
         "num_threads": 1,
     },
@@ -347,7 +348,9 @@ def test_t46_no_single_column_tells_a_label(trained: Trained) -> None:
     assert max(abs(value - 0.5) for value in aucs) < 0.45
 
 
-def test_position_is_read_in_training_rows_and_fixed_elsewhere(trained: Trained) -> None:
+def test_position_is_read_where_the_model_is_fitted_and_chosen_and_fixed_elsewhere(
+    trained: Trained,
+) -> None:
     column = trained.encoder.candidate_layout.dense_columns.index("position")
 
     distinct = {
@@ -355,7 +358,24 @@ def test_position_is_read_in_training_rows_and_fixed_elsewhere(trained: Trained)
         for name, split in trained.data.splits.items()
     }
 
-    assert distinct == {"train": 4, "validation": 1, "calibration": 1, "test": 1}
+    assert distinct == {"train": 4, "validation": 4, "calibration": 1, "test": 1}
+
+
+def test_small_logs_get_smaller_batches_and_more_epochs(trained: Trained, tmp_path: Path) -> None:
+    config = trained.config.model_copy(
+        update={
+            "optimizer": trained.config.optimizer.model_copy(
+                update={"batch_rows": 2048, "max_epochs": 1, "min_steps": 100, "patience": 99}
+            )
+        }
+    )
+
+    result = fit(config, trained.data, tmp_path)
+
+    rows = len(trained.data.splits["train"])
+    per_epoch = -(-rows // 64)
+    assert result.state.step == per_epoch * -(-100 // per_epoch)
+    assert result.state.step >= 100
 
 
 def test_the_model_learns(trained: Trained) -> None:

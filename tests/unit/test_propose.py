@@ -73,9 +73,9 @@ def test_kinds_and_scopes_follow_what_a_column_depends_on(tmp_path: Path, suffix
         "hour": ("time_part", "context", "request"),
         "weekday": ("time_part", "context", "request"),
         "item_id": ("categorical", "item", "items"),
-        "age_band": ("categorical", "user", "store"),
-        "brand": ("categorical", "item", "items"),
-        "price": ("numeric", "item", "items"),
+        "age_band": ("categorical", "user", "request"),
+        "brand": ("categorical", "item", "request"),
+        "price": ("numeric", "item", "request"),
         "device": ("categorical", "context", "request"),
         "discount": ("numeric", "cross", "request"),
         "distance": ("numeric", "cross", "request"),
@@ -293,3 +293,23 @@ def test_labels_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
 
 def test_reading_the_log_twice_proposes_the_same(tmp_path: Path) -> None:
     assert propose(tmp_path, table()) == propose(tmp_path, table())
+
+
+def test_without_requests_what_follows_nothing_is_context(tmp_path: Path) -> None:
+    schema = schema_of(tmp_path, propose(tmp_path, table().drop("request_id").unique("user_id")))
+
+    assert schema.feature("device").scope == "context"
+
+
+def test_keep_rate_is_found_and_is_no_feature(tmp_path: Path) -> None:
+    schema = schema_of(tmp_path, propose(tmp_path, table().with_columns(keep_rate=pl.lit(0.5))))
+
+    assert schema.log.negative_keep_rate == "keep_rate"
+    assert "keep_rate" not in {feature.name for feature in schema.features}
+
+
+def test_position_in_words_is_served_as_the_commonest(tmp_path: Path) -> None:
+    words = pl.when(pl.col("position") == 1).then(pl.lit("top")).otherwise(pl.lit("low"))
+    schema = schema_of(tmp_path, propose(tmp_path, table().with_columns(position=words)))
+
+    assert schema.feature("position").serving_value == "low"
