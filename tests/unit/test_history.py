@@ -616,3 +616,33 @@ def test_records_need_events_or_users() -> None:
 
     with pytest.raises(LogError, match="there is no record"):
         list(islice(as_of.user_records(1.0, max_keys=1), 1))
+
+
+def test_a_user_s_time_stamp_is_unix_seconds_in_the_record(tmp_path: Path) -> None:
+    declared = parse_schema(
+        {
+            "steps": [{"name": "a", "label": "a"}, {"name": "b", "label": "b"}],
+            "features": [
+                {"name": "signup", "kind": "elapsed", "scope": "user", "source": "store"},
+                {
+                    "name": "item_id",
+                    "kind": "hashed",
+                    "scope": "item",
+                    "source": "items",
+                    "num_buckets": 9,
+                },
+            ],
+        }
+    )
+    users = pl.DataFrame(
+        {
+            "user_id": [1],
+            "signup": pl.Series([1_500_000_000_000_000]).cast(pl.Datetime("us", "UTC")),
+        }
+    )
+    users.write_parquet(tmp_path / "users.parquet")
+    tables = Tables.read(events=None, items=None, users=tmp_path / "users.parquet", schema=declared)
+
+    records = dict(AsOf(tables, schema=declared).user_records(1_600_000_000.0, max_keys=9))
+
+    assert through_bytes(records[1]).features == {"signup": 1_500_000_000.0}
