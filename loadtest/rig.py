@@ -11,14 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
-
 from service.errors import StoreUnavailable
+from service.readiness import START_TIMEOUT_S, wait_until_ready
 from service.settings import StoreSettings
 from service.stores import open_store
 from service.stores.embedded import find_redis_server
-
-START_TIMEOUT_S = 120.0
 
 
 class RedisProcess:
@@ -88,7 +85,9 @@ def running_service(
         if cpu is not None:
             os.sched_setaffinity(process.pid, {cpu})
         url = f"http://127.0.0.1:{port}"
-        _wait_until_ready(url, process)
+        code = wait_until_ready(url, process)
+        if code is not None:
+            raise RuntimeError(f"the service ended with exit code {code}")
         yield url
     finally:
         process.terminate()
@@ -100,17 +99,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise RuntimeError(f"the service ended with exit code {process.returncode}")
-        try:
-            if httpx.get(f"{url}/readyz", timeout=2.0).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.1)
-    raise RuntimeError("the service was not ready in time")

@@ -2,7 +2,6 @@
 
 import tomllib
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -89,10 +88,11 @@ class OptimizerConfig(_Section):
 
 
 class FitConfig(_Section):
-    """Calibration and the gates a bundle must pass, on the calibration split.
+    """Calibration of the conditional steps, on the calibration split.
 
     Attributes:
-        methods: calibrators tried per conditional step; the best by log-loss is kept.
+        methods: calibrators tried per step, the simplest first; one that is better by a standard
+            error replaces those before it.
     """
 
     methods: tuple[Literal["identity", "platt", "isotonic"], ...] = (
@@ -155,9 +155,5 @@ def _apply(content: dict[str, Any], override: str) -> None:
 
 
 def _resolve(data: DataConfig, base: Path) -> DataConfig:
-    paths = {
-        name: (base / value).resolve()
-        for name, value in data
-        if isinstance(value, Path) and not isinstance(value, datetime)
-    }
+    paths = {name: (base / value).resolve() for name, value in data if isinstance(value, Path)}
     return data.model_copy(update=paths)

@@ -50,7 +50,6 @@ INPUT_NAMES = (
 FORBIDDEN_OPERATORS = {"Loop", "Scan", "If", "SequenceConstruct", "ConcatFromSequence"}
 
 Probabilities = dict[str, npt.NDArray[np.float32]]
-Arrays = dict[str, npt.NDArray[Any]]  # Any: int64 and float32 side by side
 
 
 class ScoringGraph(nn.Module):

@@ -22,9 +22,9 @@ import polars as pl
 from rich.console import Console
 from rich.table import Table
 
+from service.readiness import wait_until_ready
 from service.settings import SettingsError
 
-START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
 DEFAULT_KEEP_TRIPS = 0.25
 SHOWN_CANDIDATES = 12
@@ -73,9 +73,8 @@ def quickstart(out: Path, once: bool, full: bool, port: int) -> None:
         "User records and item snapshot as of the trip",
         *("materialize", stages.run_dir("TAFE-style"), "--as-of", trip.time),
         *("--out", str(snapshot)),
-        with_cache=False,
     )
-    stages.ctr("Redis", "load-records", str(snapshot / "records.parquet"), with_cache=False)
+    stages.ctr("Redis", "load-records", str(snapshot / "records.parquet"))
     serve = ["serve", "--bundle", bundle, "--items", str(snapshot / "items.parquet")]
     with stages.serving([*serve, "--port", str(_free_port(port))]) as url:
         response = httpx.post(f"{url}/score", json=trip.request, timeout=10.0)
@@ -133,17 +132,16 @@ class _Stages:
     def run_dir(self, name: str) -> str:
         return str(self.out / "runs" / name.replace(" ", "-").lower())
 
-    def ctr(self, title: str, *arguments: str, with_cache: bool = True) -> None:
+    def ctr(self, title: str, *arguments: str) -> None:
         """Runs one verb, its output on our stdout and stderr."""
         self._announce(title, arguments)
-        self._run(arguments, with_cache=with_cache and arguments[0] != "data", capture=False)
+        self._run(arguments, capture=False)
 
     def answer(self, title: str, *arguments: str) -> Answer:
-        """Runs one verb with --json and returns what it printed."""
+        """Runs one verb that reads encoded impressions, and returns the JSON it printed."""
         self._announce(title, arguments)
-        answer: Answer = json.loads(
-            self._run((*arguments, "--json"), with_cache=True, capture=True)
-        )
+        cache = ("--cache", str(self.out / "cache"))
+        answer: Answer = json.loads(self._run((*arguments, *cache, "--json"), capture=True))
         return answer
 
     @contextmanager
@@ -176,28 +174,17 @@ class _Stages:
 
     def _wait_until_ready(self, url: str) -> None:
         assert self._server is not None
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline:
-            if self._server.poll() is not None:
-                sys.exit(self._server.returncode)
-            try:
-                if httpx.get(f"{url}/readyz", timeout=2.0).status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.1)
-        raise SettingsError(f"the service was not ready after {START_TIMEOUT_S:.0f} s")
+        code = wait_until_ready(url, self._server)
+        if code is not None:
+            sys.exit(code)
 
     def _announce(self, title: str, arguments: tuple[str, ...]) -> None:
         shown = " ".join(_shorten(argument, self.out) for argument in arguments)
         self._console.print(f"\n[bold]{title}[/bold]  [dim]ctr {shown}[/dim]", highlight=False)
 
-    def _run(self, arguments: tuple[str, ...], *, with_cache: bool, capture: bool) -> bytes:
-        command = [sys.executable, "-m", "service", *arguments]
-        if with_cache:
-            command += ["--cache", str(self.out / "cache")]
+    def _run(self, arguments: tuple[str, ...], *, capture: bool) -> bytes:
         done = subprocess.run(
-            command,
+            [sys.executable, "-m", "service", *arguments],
             env=self._environment,
             stdout=subprocess.PIPE if capture else None,
             check=False,
