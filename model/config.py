@@ -47,10 +47,59 @@ class NetConfig(_Section):
 
 
 class ObjectiveConfig(_Section):
-    """Which loss, and the weight of each step's term (one for all when empty)."""
+    """Which loss, an entry of `model.objectives.OBJECTIVES`, and its dials.
+
+    Attributes:
+        step_weights: weight of each step's term; one for all when empty.
+        propensity_clip: smallest P_{t-1} that ipw, tempered and dr divide by: weights are at most
+            its inverse.
+        tempering: alpha of `tempered`, weights P_{t-1}^-alpha: 0 is chain, 1 is ipw.
+        e2e_weight: of the e2e loss added to ipw and dr (ESCM2 adds it with 1); 0 leaves them pure.
+        hinge_weight: of `hinge`'s penalty on P_t > P_{t-1}, alpha of AITM.
+    """
 
     name: str = "e2e"
     step_weights: tuple[float, ...] = ()
+    propensity_clip: float = Field(default=0.01, gt=0, le=1)
+    tempering: float = Field(default=0.5, ge=0, le=1)
+    e2e_weight: float = Field(default=0.0, ge=0)
+    hinge_weight: float = Field(default=0.6, ge=0)
+
+
+class AlignmentConfig(_Section):
+    """AdaFTR-style alignment of neighbouring steps' representations; see `model.alignment`.
+
+    Attributes:
+        mode: how the temperature of a row is found: "off" aligns nothing, "fixed" is plain InfoNCE
+            at `temperature`, "prior" (M1), "robust" (M2) and "naive" learn it per row.
+        weight: alpha, of the whole term.
+        warm_up_share: of the training steps over which the weight rises from 0.
+        temperature: tau_0; the range is `min_temperature` to `max_temperature`.
+        prior_weight: lambda_tau of "prior".
+        robust_share: rho of "robust", as a share of log of the number of negatives.
+        projection: width of the projections; 0 aligns the representations themselves.
+        rows: most rows of a batch that are contrasted: the cost is quadratic in them.
+        negatives: "batch" takes all other rows, "one" a single random one.
+        is_symmetric: also from the later step to the earlier; without, the earlier is detached.
+        updates_embedding: whether the term moves the shared embedding tables.
+        network_rate_share: learning rate of the relatedness network, as a share of the main one.
+    """
+
+    mode: Literal["off", "fixed", "prior", "robust", "naive"] = "off"
+    weight: float = Field(default=0.01, ge=0)
+    warm_up_share: float = Field(default=0.1, ge=0, le=1)
+    temperature: float = Field(default=0.2, gt=0)
+    min_temperature: float = Field(default=0.05, gt=0)
+    max_temperature: float = Field(default=1.0, gt=0)
+    prior_weight: float = Field(default=0.1, ge=0)
+    robust_share: float = Field(default=0.4, gt=0)
+    projection: int = Field(default=64, ge=0)
+    hidden: int = Field(default=64, ge=1)
+    rows: int = Field(default=512, ge=2)
+    negatives: Literal["batch", "one"] = "batch"
+    is_symmetric: bool = True
+    updates_embedding: bool = True
+    network_rate_share: float = Field(default=0.1, ge=0)
 
 
 class OptimizerConfig(_Section):
@@ -109,6 +158,7 @@ class TrainConfig(_Section):
     split: SplitConfig = SplitConfig()
     net: NetConfig = NetConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    alignment: AlignmentConfig = AlignmentConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     calibration: FitConfig = FitConfig()
 

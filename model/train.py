@@ -21,13 +21,13 @@ from torch import Tensor
 from model.config import OptimizerConfig, TrainConfig
 from model.contract.blocks import Blocks
 from model.contract.encode import Encoder, StoreColumns
-from model.contract.errors import SpecError, TrainError
+from model.contract.errors import TrainError
 from model.contract.spec import FIRST_CODE, UNKNOWN_CODE, Categorical
+from model.criterion import Criterion
 from model.dataset import EncodedData, EncodedSplit
 from model.metrics import chain_metrics, space_names
 from model.nets import build_net
 from model.nets.layers import Net, NetInput, NetSpec
-from model.objectives import OBJECTIVES
 
 CHECKPOINT = "checkpoint.pt"
 PREDICT_ROWS = 16384
@@ -70,6 +70,7 @@ class TrainResult:
     net: Net
     state: RunState
     rows_per_second: float
+    criterion: dict[str, Any]  # Any: JSON, see `Criterion.statistics`
 
 
 def make_net(config: TrainConfig, data: EncodedData) -> Net:
@@ -95,9 +96,6 @@ def train(
         TrainError: the loss is not finite, the checkpoint is of another configuration, or there is
             nothing to choose the best weights by.
     """
-    if config.objective.name not in OBJECTIVES:
-        known = ", ".join(OBJECTIVES)
-        raise SpecError(f"no objective {config.objective.name!r}; there are {known}")
     _check_validation(data)
     torch.set_num_threads(config.optimizer.num_threads or os.cpu_count() or 1)
     run = _Run(config, data, run_dir=run_dir, progress=progress)
@@ -107,7 +105,10 @@ def train(
     run.net.eval()
     rows = run.state.step * run.batch_rows
     return TrainResult(
-        net=run.net, state=run.state, rows_per_second=rows / max(run.state.seconds, 1e-9)
+        net=run.net,
+        state=run.state,
+        rows_per_second=rows / max(run.state.seconds, 1e-9),
+        criterion=run.criterion.statistics(),
     )
 
 
@@ -162,7 +163,9 @@ class _Run:
         self.net = make_net(config, data)
         self.average = copy.deepcopy(self.net)
         self.best_weights = copy.deepcopy(self.net.state_dict())
-        self.optimizer = _make_optimizer(self.net, config.optimizer)
+        self._train = data.splits["train"]
+        self.criterion = Criterion(config, self.net, step_rates=_base_rates(self._train))
+        self.optimizer = _make_optimizer(self.net, self.criterion, config.optimizer)
         encoder = Encoder(data.fitted)
         self._stored = encoder.store_columns()
         self._vocabulary_columns = np.array(
@@ -173,11 +176,6 @@ class _Run:
             ],
             np.int64,
         )
-        self._train = data.splits["train"]
-        self._step_weights = config.objective.step_weights or (1.0,) * len(encoder.schema.steps)
-        if len(self._step_weights) != len(encoder.schema.steps):
-            raise SpecError("objective.step_weights does not have one weight per step")
-        self._objective = OBJECTIVES[config.objective.name]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -244,6 +242,7 @@ class _Run:
             )
         self.net.load_state_dict(saved["weights"])
         self.average.load_state_dict(saved["average"])
+        self.criterion.load_state_dict(saved["criterion"])
         self.best_weights = saved["best_weights"]
         self.optimizer.load_state_dict(saved["optimizer"])
         self.state = RunState(**saved["state"])
@@ -257,6 +256,7 @@ class _Run:
                 "config": self._fingerprint(),
                 "weights": self.net.state_dict(),
                 "average": self.average.state_dict(),
+                "criterion": self.criterion.state_dict(),
                 "best_weights": self.best_weights,
                 "optimizer": self.optimizer.state_dict(),
                 "state": asdict(self.state),
@@ -277,19 +277,19 @@ class _Run:
         self._corrupt(blocks, np.random.default_rng([options.seed, step, 1]))
         labels = self._train.labels.take(rows)
         row_weight = torch.from_numpy(labels.known * labels.weight[:, None])
-        output = self.net(NetInput.of(blocks))
-        loss: Tensor = self._objective(
-            output.logits,
+        loss: Tensor = self.criterion(
+            self.net(NetInput.of(blocks)),
             torch.from_numpy(labels.values).float(),
             row_weight=row_weight,
-            step_weights=self._step_weights,
+            blocks=blocks,
+            progress=step / last_step,
         )
         value = float(loss.detach())
         if not np.isfinite(value):
             raise TrainError(f"the loss is {value} at step {step}")
         share = 1.0 - (1.0 - options.final_learning_rate_share) * step / last_step
         for group in self.optimizer.param_groups:
-            group["lr"] = options.learning_rate * share
+            group["lr"] = options.learning_rate * group["rate_share"] * share
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own method is untyped
         self.optimizer.step()
@@ -346,14 +346,17 @@ def _check_validation(data: EncodedData) -> None:
             )
 
 
-def _make_optimizer(net: Net, options: OptimizerConfig) -> torch.optim.Optimizer:
+def _make_optimizer(
+    net: Net, criterion: Criterion, options: OptimizerConfig
+) -> torch.optim.Optimizer:
     tables = net.embedding_parameters()
     known = {id(parameter) for parameter in tables}
     dense = [parameter for parameter in net.parameters() if id(parameter) not in known]
     return torch.optim.AdamW(
         [
-            {"params": tables, "weight_decay": options.embedding_decay},
-            {"params": dense, "weight_decay": options.dense_decay},
+            {"params": tables, "weight_decay": options.embedding_decay, "rate_share": 1.0},
+            {"params": dense, "weight_decay": options.dense_decay, "rate_share": 1.0},
+            *criterion.parameter_groups(),
         ],
         lr=options.learning_rate,
     )

@@ -1,26 +1,14 @@
 """The trainer's verbs of `ctr`: each parses, calls, prints; progress goes to stderr."""
 
 import json
-import math
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
+from model.console import print_metrics, spinner, training_progress, without_nan
 from model.contract.errors import EncodeError, LogError
 from model.contract.times import format_time, parse_time
 
@@ -40,41 +28,6 @@ SET = click.option(
     metavar="SECTION.KEY=VALUE",
     help="Override one value of the configuration; may be repeated.",
 )
-
-
-@click.group()
-def data() -> None:
-    """Make impression logs from a public data set."""
-
-
-@data.command("complete-journey")
-@click.argument("out", type=PATH)
-@click.option(
-    "--keep-trips",
-    type=click.FloatRange(min=0.0, min_open=True, max=1.0),
-    default=1.0,
-    show_default=True,
-    help="Share of shopping trips kept, in every split.",
-)
-@JSON
-def complete_journey(out: Path, keep_trips: float, as_json: bool) -> None:
-    """A year of grocery shopping (The Complete Journey), with schema and training files."""
-    from model.datasets.complete_journey import write_complete_journey
-
-    with _spinner() as say:
-        summary = write_complete_journey(out, keep_trips=keep_trips, progress=say)
-    here = Path(__file__).parent / "datasets"
-    for name in ("schema", "train", "baseline"):
-        shutil.copyfile(here / f"complete_journey_{name}.toml", out / f"{name}.toml")
-    splits = {name: vars(count) for name, count in summary.splits.items()}
-    if as_json:
-        click.echo(json.dumps({"out": str(out), "splits": splits}))
-        return
-    table = Table("split", "trips", "impressions", "clicks", "conversions", title=str(out))
-    for name, count in splits.items():
-        cells = [count[key] for key in ("trips", "rows", "clicks", "conversions")]
-        table.add_row(name, *(f"{cell:,}" for cell in cells))
-    Console().print(table)
 
 
 @click.command()
@@ -124,12 +77,12 @@ def train(
     from model.train import train as fit
 
     config = load_config(config_file, overrides=overrides)
-    with _spinner() as say:
+    with spinner() as say:
         encoded = load_data(config, cache=cache, progress=say)
     write_config(run_dir, config)
-    with _training_progress() as progress:
+    with training_progress() as progress:
         result = fit(config, encoded, run_dir=run_dir, progress=progress)
-    with _spinner() as say:
+    with spinner() as say:
         say("fitting calibrators")
         calibrators = calibrate_run(result.net, encoded, config)
     training = {
@@ -137,6 +90,7 @@ def train(
         "evaluations": result.state.evaluations,
         "best_step": result.state.best_step,
         "rows_per_second": result.rows_per_second,
+        "criterion": result.criterion,
         "parameters": sum(p.numel() for p in result.net.parameters()),
         "dense_parameters": sum(p.numel() for p in result.net.parameters())
         - sum(p.numel() for p in result.net.embedding_parameters()),
@@ -160,7 +114,7 @@ def train(
         f"{encoded.report['rows_broken_chain']:,} dropped as they break the chain, "
         f"{_masked(encoded.report):,} masked as too young for a step"
     )
-    _print_metrics({"validation": best})
+    print_metrics({"validation": best})
 
 
 @click.command()
@@ -174,17 +128,17 @@ def evaluate(run_dir: Path, cache: Path, as_json: bool) -> None:
     from model.run import EVALUATION, read_run
 
     run = read_run(run_dir)
-    with _spinner() as say:
+    with spinner() as say:
         encoded = load_data(run.config, cache=cache, progress=say)
         if encoded.fitted != run.fitted:
             raise LogError(f"{run_dir} was trained on other data or by another schema")
         say("scoring the test rows")
         result = evaluate_run(run, encoded)
-    (run_dir / EVALUATION).write_text(json.dumps(_without_nan(result), indent=1))
+    (run_dir / EVALUATION).write_text(json.dumps(without_nan(result), indent=1))
     if as_json:
-        click.echo(json.dumps(_without_nan(result)))
+        click.echo(json.dumps(without_nan(result)))
     else:
-        _print_metrics(result)
+        print_metrics(result)
 
 
 @click.command()
@@ -200,7 +154,7 @@ def export(run_dir: Path, out: Path, cache: Path, as_json: bool) -> None:
     from model.run import read_run
 
     run = read_run(run_dir)
-    with _spinner() as say:
+    with spinner() as say:
         encoded = load_data(run.config, cache=cache, progress=say)
         say("exporting and comparing with the network")
         path = export_bundle(
@@ -217,7 +171,7 @@ def export(run_dir: Path, out: Path, cache: Path, as_json: bool) -> None:
                 "splits": run.training["data"]["splits"],
                 "best_step": run.training["best_step"],
             },
-            metrics=_without_nan(run.evaluation),
+            metrics=without_nan(run.evaluation),
             last_time=run.last_time,
         )
     click.echo(json.dumps({"bundle": str(path)}) if as_json else str(path))
@@ -255,7 +209,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
         schema_table.add_row(feature.name, feature.kind, feature.scope, feature.source, size)
     Console().print(schema_table)
     if manifest.metrics:
-        _print_metrics(manifest.metrics)
+        print_metrics(manifest.metrics)
 
 
 @click.command()
@@ -269,7 +223,7 @@ def snapshot(run_or_config: Path, as_of: str, out: Path, as_json: bool) -> None:
     from model.snapshot import last_event_time, write_snapshot
 
     config = config_of(run_or_config)
-    with _spinner() as say:
+    with spinner() as say:
         time = last_event_time(config) if as_of == "end" else _as_of_time(as_of)
         made = write_snapshot(config, as_of=time, out=out, progress=say)
     facts = {
@@ -284,77 +238,6 @@ def snapshot(run_or_config: Path, as_of: str, out: Path, as_json: bool) -> None:
         f"{made.median_record_bytes:,} bytes, largest {made.largest_record_bytes:,}\n"
         f"{made.items}: {made.num_items:,} items"
     )
-
-
-@contextmanager
-def _spinner() -> Iterator[Callable[[str], None]]:
-    """A spinner on stderr whose text is what is being done."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("starting", total=None)
-        yield lambda text: progress.update(task, description=text)
-
-
-@contextmanager
-def _training_progress() -> Iterator[Any]:  # Any: model.train.Progress, which imports torch
-    """A bar per epoch on stderr, and a line per evaluation."""
-    from model.train import Progress as TrainingProgress
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("loss {task.fields[loss]:.5f}"),
-    )
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[int, Any] = {}  # Any: rich's task ids
-
-        def on_rows(epoch: int, done: int, total: int, loss: float) -> None:
-            if epoch not in tasks:
-                tasks[epoch] = bars.add_task(f"epoch {epoch + 1}", total=total, loss=loss)
-            bars.update(tasks[epoch], completed=done, loss=loss)
-
-        def on_evaluation(step: int, metrics: dict[str, Any]) -> None:
-            aucs = ", ".join(
-                f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("auc_")
-            )
-            bars.console.print(f"step {step}: validation {aucs}")
-
-        yield TrainingProgress(on_rows=on_rows, on_evaluation=on_evaluation)
-
-
-def _print_metrics(by_name: dict[str, dict[str, Any]]) -> None:
-    """One row per metric, one column per named set of metrics."""
-    table = Table("metric", *(name.replace("_", " ") for name in by_name))
-    table.columns[0].no_wrap = True
-    table.columns[0].min_width = max(map(len, next(iter(by_name.values()))))
-    for metric in next(iter(by_name.values())):
-        if metric in ("step", "loss"):
-            continue
-        cells = [_cell(metrics.get(metric)) for metrics in by_name.values()]
-        table.add_row(metric, *cells)
-    Console().print(table)
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, list):
-        return " to ".join(f"{float(part):.3f}" for part in value)
-    if isinstance(value, float):
-        return f"{value:,.0f}" if value.is_integer() and value >= 10 else f"{value:.6g}"
-    return "" if value is None else str(value)
-
-
-def _without_nan(value: Any) -> Any:  # Any: JSON values
-    """NaN (an AUC of one class only) as null: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _as_of_time(text: str) -> float:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,6 +18,8 @@ from torch.nn import functional
 from model.contract.blocks import BlockLayout, Blocks
 from model.contract.encode import Encoder
 from model.contract.spec import PADDING_CODE, UNKNOWN_CODE
+
+MIN_LOG_RATIO = 1e-6  # c_t of free heads stays this far below 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,25 +89,46 @@ class NetOutput:
     Attributes:
         logits: [B, T] float32, of the conditional step probabilities, uncalibrated.
         representations: [B, T, K] float32, one per step, before its head.
+        shared: [B, S] float32, what all steps share below the representations; None where nothing
+            but the embedding is shared.
+        marginal: [B, T] float32, logits of the cumulative probabilities where the heads are free;
+            `logits` then follow from them. None where the heads are conditional.
     """
 
     logits: Tensor
     representations: Tensor
+    shared: Tensor | None = None
+    marginal: Tensor | None = None
 
 
 class Options(BaseModel):
-    """Base of an architecture's options; unknown ones are refused."""
+    """Base of an architecture's options; unknown ones are refused.
+
+    Attributes:
+        outputs: what the heads' logits are of: "conditional" step probabilities, ordered by
+            construction, or "marginal" ones, free of each other (AITM; the `hinge` objective).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     embedding: int = Field(default=16, ge=1)
     dropout: float = Field(default=0.1, ge=0, lt=1)
+    outputs: Literal["conditional", "marginal"] = "conditional"
 
 
 class Net(nn.Module):
-    """A network: `forward(NetInput) -> NetOutput`; each is one entry of `ARCHITECTURES`."""
+    """A network: `forward(NetInput) -> NetOutput`; each is one entry of `ARCHITECTURES`.
+
+    Attributes:
+        options: as given.
+        representation_width: K of `NetOutput.representations`.
+        shared_width: S of `NetOutput.shared`; 0 where it is None.
+    """
 
     options_type: ClassVar[type[Options]] = Options
+    options: Options
+    representation_width: int
+    shared_width: int = 0
 
     def forward(self, inputs: NetInput) -> NetOutput:
         """Scores candidates; rows do not influence each other."""
@@ -114,6 +137,18 @@ class Net(nn.Module):
     def set_base_rates(self, rates: Sequence[float]) -> None:
         """Starts each step's head at its conditional base rate."""
         raise NotImplementedError
+
+    def output(
+        self, head_logits: Tensor, *, representations: Tensor, shared: Tensor | None
+    ) -> NetOutput:
+        """The heads' logits as what the options say they are."""
+        is_marginal = self.options.outputs == "marginal"
+        return NetOutput(
+            logits=conditional_logits(head_logits) if is_marginal else head_logits,
+            representations=representations,
+            shared=shared,
+            marginal=head_logits if is_marginal else None,
+        )
 
     def embedding_parameters(self) -> list[nn.Parameter]:
         """Parameters of the id tables; all others are dense."""
@@ -227,6 +262,18 @@ class Heads(nn.Module):
         assert self.output.bias is not None
         with torch.no_grad():
             self.output.bias.copy_(logits.reshape(-1, 1, 1))
+
+
+def conditional_logits(marginal: Tensor) -> Tensor:
+    """Logits of c_t = min(1, P_t / P_{t-1}) from free logits of P_t, [B, T] each.
+
+    log c is bounded a hair below 0, so that the logit is finite; the product of the c_t is then P_t
+    wherever the given order holds. [derived]
+    """
+    log_marginal = functional.logsigmoid(marginal)
+    log_ratio = (log_marginal[:, 1:] - log_marginal[:, :-1]).clamp(max=-MIN_LOG_RATIO)
+    later = log_ratio - torch.log(-torch.expm1(log_ratio))
+    return torch.cat([marginal[:, :1], later], dim=1)
 
 
 def mlp(widths: Sequence[int], *, dropout: float) -> nn.Sequential:

@@ -65,10 +65,12 @@ class Tafe(Net):
     """Tokens, set attention in G patterns, squeeze-and-excitation, pattern MLPs, selector."""
 
     options_type = TafeOptions
+    options: TafeOptions
 
     def __init__(self, spec: NetSpec, options: TafeOptions) -> None:
         super().__init__()
         self.options = options
+        self.representation_width = self.shared_width = options.pattern
         self.tokens = (
             GroupedTokens(spec, options)
             if options.tokens == "grouped"
@@ -96,8 +98,10 @@ class Tafe(Net):
         tokens_BFD = self.tokens(inputs)
         patterns_GBK = self.patterns(tokens_BFD)
         representations_BTK = self.selector(patterns_GBK, is_uniform=not self.options.use_selector)
-        return NetOutput(
-            logits=self.heads(representations_BTK), representations=representations_BTK
+        return self.output(
+            self.heads(representations_BTK),
+            representations=representations_BTK,
+            shared=patterns_GBK.mean(dim=0),
         )
 
     def patterns(self, tokens_BFD: Tensor) -> Tensor:
