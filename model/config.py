@@ -78,10 +78,10 @@ class AlignmentConfig(_Section):
         prior_weight: lambda_tau of "prior".
         robust_share: rho of "robust", as a share of log of the number of negatives.
         projection: width of the projections; 0 aligns the representations themselves.
+        hidden: width of the relatedness network's layer.
         rows: most rows of a batch that are contrasted: the cost is quadratic in them.
         negatives: "batch" takes all other rows, "one" a single random one.
         is_symmetric: also from the later step to the earlier; without, the earlier is detached.
-        updates_embedding: whether the term moves the shared embedding tables.
         network_rate_share: learning rate of the relatedness network, as a share of the main one.
     """
 
@@ -92,14 +92,21 @@ class AlignmentConfig(_Section):
     min_temperature: float = Field(default=0.05, gt=0)
     max_temperature: float = Field(default=1.0, gt=0)
     prior_weight: float = Field(default=0.1, ge=0)
-    robust_share: float = Field(default=0.4, gt=0)
+    robust_share: float = Field(default=0.4, gt=0, lt=1)
     projection: int = Field(default=64, ge=0)
     hidden: int = Field(default=64, ge=1)
     rows: int = Field(default=512, ge=2)
     negatives: Literal["batch", "one"] = "batch"
     is_symmetric: bool = True
-    updates_embedding: bool = True
     network_rate_share: float = Field(default=0.1, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.min_temperature < self.temperature < self.max_temperature:
+            raise ValueError("temperature is not between min_temperature and max_temperature")
+        if self.mode == "robust" and (self.negatives == "one" or self.rows < 3):
+            raise ValueError('mode "robust" needs two negatives or more: rho is below log|N|')
+        return self
 
 
 class OptimizerConfig(_Section):

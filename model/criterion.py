@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from model.alignment import Alignment
 from model.config import TrainConfig
 from model.contract.blocks import Blocks
 from model.contract.errors import SpecError
@@ -37,6 +38,11 @@ class Criterion(nn.Module):
         self._step_weights = config.objective.step_weights or (1.0,) * len(step_rates)
         if len(self._step_weights) != len(step_rates):
             raise SpecError("objective.step_weights does not have one weight per step")
+        self._alignment = (
+            None
+            if config.alignment.mode == "off"
+            else Alignment(config.alignment, net, num_steps=len(step_rates))
+        )
 
     def forward(
         self,
@@ -56,15 +62,17 @@ class Criterion(nn.Module):
             blocks: what the network was given.
             progress: share of the training steps done, in [0, 1).
         """
-        del blocks, progress
-        return self._objective(
+        loss = self._objective(
             output.logits, labels, row_weight=row_weight, step_weights=self._step_weights
         )
+        if self._alignment is not None:
+            loss = loss + self._alignment(output, blocks, progress=progress)
+        return loss
 
     def parameter_groups(self) -> list[dict[str, Any]]:  # Any: what torch's optimisers take
         """Groups for the optimiser; `rate_share` scales the learning rate."""
-        return []
+        return [] if self._alignment is None else self._alignment.parameter_groups()
 
     def statistics(self) -> dict[str, Any]:  # Any: JSON
         """What is to be known of the loss beside its value, over the last steps."""
-        return {}
+        return {} if self._alignment is None else {"alignment": self._alignment.statistics()}

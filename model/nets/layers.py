@@ -88,7 +88,8 @@ class NetOutput:
 
     Attributes:
         logits: [B, T] float32, of the conditional step probabilities, uncalibrated.
-        representations: [B, T, K] float32, one per step, before its head.
+        representations: [B, T, K] float32, one per step: before its head, or the head's hidden
+            layer where what is below is one for all steps.
         shared: [B, S] float32, what all steps share below the representations; None where nothing
             but the embedding is shared.
         marginal: [B, T] float32, logits of the cumulative probabilities where the heads are free;
@@ -123,12 +124,14 @@ class Net(nn.Module):
         options: as given.
         representation_width: K of `NetOutput.representations`.
         shared_width: S of `NetOutput.shared`; 0 where it is None.
+        has_step_representations: whether the representations of two steps differ.
     """
 
     options_type: ClassVar[type[Options]] = Options
     options: Options
     representation_width: int
     shared_width: int = 0
+    has_step_representations: bool = True
 
     def forward(self, inputs: NetInput) -> NetOutput:
         """Scores candidates; rows do not influence each other."""
@@ -252,8 +255,15 @@ class Heads(nn.Module):
 
     def forward(self, representations: Tensor) -> Tensor:
         """Logits of the conditional steps."""
-        hidden = torch.relu(self.hidden(representations.transpose(0, 1)))
-        logits: Tensor = self.output(self.dropout(hidden))
+        return self.logits(self.hidden_states(representations))
+
+    def hidden_states(self, representations: Tensor) -> Tensor:
+        """Each step's hidden layer, [B, T, hidden]."""
+        return torch.relu(self.hidden(representations.transpose(0, 1))).transpose(0, 1)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Logits [B, T] from the hidden layers."""
+        logits: Tensor = self.output(self.dropout(hidden_states.transpose(0, 1)))
         return logits.squeeze(-1).transpose(0, 1)
 
     def set_base_rates(self, rates: Sequence[float]) -> None:

@@ -24,7 +24,7 @@ class SharedBottom(Net):
     def __init__(self, spec: NetSpec, options: SharedBottomOptions) -> None:
         super().__init__()
         self.options = options
-        self.representation_width = self.shared_width = options.widths[-1]
+        self.representation_width, self.shared_width = options.head, options.widths[-1]
         width = options.embedding
         self.embedding = FieldEmbedding(spec, width=width)
         num_request = (len(spec.request_tables) + len(spec.histories)) * width + spec.request_dense
@@ -51,10 +51,8 @@ class SharedBottom(Net):
             hidden = hidden + self.request_layer(request).index_select(0, inputs.request_of)
         hidden = self.dropout(torch.relu(hidden))
         shared = self.bottom(hidden)
-        representations = shared.unsqueeze(1).expand(-1, self.num_steps, -1)
-        return self.output(
-            self.heads(representations), representations=representations, shared=shared
-        )
+        hidden_BTK = self.heads.hidden_states(shared.unsqueeze(1).expand(-1, self.num_steps, -1))
+        return self.output(self.heads.logits(hidden_BTK), representations=hidden_BTK, shared=shared)
 
     def set_base_rates(self, rates: Sequence[float]) -> None:
         """See `Net`."""

@@ -71,6 +71,7 @@ class Tafe(Net):
         super().__init__()
         self.options = options
         self.representation_width = self.shared_width = options.pattern
+        self.has_step_representations = options.use_selector
         self.tokens = (
             GroupedTokens(spec, options)
             if options.tokens == "grouped"
