@@ -46,10 +46,9 @@ def info_nce(similarity: Tensor, temperature: Tensor, negatives: Tensor) -> Tens
         temperature: tau [n].
         negatives: [n, n] bool, true where j is in N(i).
     """
-    logits = _wide(similarity) / _wide(temperature).unsqueeze(1)
-    is_positive = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-    contrasted = logits.masked_fill(~(negatives | is_positive), -math.inf)
-    return torch.logsumexp(contrasted, dim=1) - logits.diagonal()
+    excess = _excess(similarity, temperature)
+    is_positive = torch.eye(len(excess), dtype=torch.bool, device=excess.device)
+    return torch.logsumexp(excess.masked_fill(~(negatives | is_positive), -math.inf), dim=1)
 
 
 def robust_loss(
@@ -66,13 +65,12 @@ def robust_loss(
         negatives: [n, n] bool, true where j is in N(i).
         rho: [n], in (0, log of the number of negatives) for an interior optimum.
     """
-    similarity, temperature = _wide(similarity), _wide(temperature)
+    excess = _excess(similarity, temperature)
     counts = negatives.sum(dim=1)
-    excess = (similarity - similarity.diagonal().unsqueeze(1)) / temperature.unsqueeze(1)
     # Rows without negatives keep all entries, so that no gradient is 0 times infinity.
     left_out = ~negatives & (counts > 0).unsqueeze(1)
     log_sum = torch.logsumexp(excess.masked_fill(left_out, -math.inf), dim=1)
-    losses = temperature * (log_sum - counts.clamp(min=1).log() + rho)
+    losses = _wide(temperature) * (log_sum - counts.clamp(min=1).log() + rho)
     return torch.where(counts > 0, losses, torch.zeros_like(losses))
 
 
@@ -324,6 +322,13 @@ def _check(net: Net, num_steps: int) -> None:
 
 def _group(parameters: Iterable[nn.Parameter], *, rate_share: float) -> dict[str, Any]:
     return {"params": list(parameters), "weight_decay": 0.0, "rate_share": rate_share}
+
+
+def _excess(similarity: Tensor, temperature: Tensor) -> Tensor:
+    """(s_ij - s_ii) / tau_i: the positive at 0, where a small loss keeps its digits."""
+    similarity = _wide(similarity)
+    difference = similarity - similarity.diagonal().unsqueeze(1)
+    return difference / _wide(temperature).unsqueeze(1)
 
 
 def _wide(values: Tensor) -> Tensor:
