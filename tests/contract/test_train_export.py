@@ -455,6 +455,61 @@ def test_another_seed_gives_other_weights(trained: Trained, tmp_path: Path) -> N
     assert not same_weights(other.net, trained.result.net)
 
 
+def aligned(trained: Trained, architecture: str = "tafe", **alignment: Any) -> TrainConfig:
+    """The shop's configuration with an alignment, on its own or another small network."""
+    small = {"embedding": 4, "widths": [16, 12], "head": 8}
+    net = SETTINGS["net"] if architecture == "tafe" else {"options": small}
+    return TrainConfig.model_validate(
+        {
+            **trained.config.model_dump(),
+            "net": {**net, "architecture": architecture},
+            "alignment": {"mode": "prior", "network_rate_share": 1.0, **alignment},
+        }
+    )
+
+
+@pytest.mark.parametrize("architecture", ["tafe", "shared_bottom"])
+def test_a_run_with_alignment_tells_its_temperatures(
+    trained: Trained, tmp_path: Path, architecture: str
+) -> None:
+    config = aligned(trained, architecture, weight=0.1)
+
+    found = fit(config, trained.data, tmp_path).criterion["alignment"]
+
+    assert found["steps"] == 2 * 19
+    assert 0.05 <= found["temperature_min"] <= found["temperature_mean"] < 1.0
+    assert found["log_temperature_std"] > 0.0
+    assert 0.0 < found["loss"] < 1.5
+    assert found["projected_cosine"] > 0.1
+
+
+def test_t33_a_run_with_weight_zero_ends_with_the_base_models_weights(
+    trained: Trained, tmp_path: Path
+) -> None:
+    result = fit(aligned(trained, weight=0.0), trained.data, tmp_path)
+
+    assert same_weights(result.net, trained.result.net)
+    assert result.state.evaluations == trained.result.state.evaluations
+
+
+def test_a_killed_run_with_alignment_resumes_to_the_same_statistics(
+    trained: Trained, tmp_path: Path
+) -> None:
+    def kill(epoch: int, done: int, total: int, loss: float) -> None:
+        if epoch == 0 and done > 12 * 128:  # the first evaluation was after step 10
+            raise Killed
+
+    config = aligned(trained, weight=0.1, negatives="one")
+    whole = fit(config, trained.data, tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(config, trained.data, run_dir=tmp_path / "cut", progress=quiet(on_rows=kill))
+
+    resumed = fit(config, trained.data, tmp_path / "cut")
+
+    assert same_weights(resumed.net, whole.net)
+    assert resumed.criterion == whole.criterion
+
+
 class Killed(Exception):
     """Stands for a signal in the middle of a run."""
 
