@@ -451,16 +451,17 @@ def test_t34_the_encoder_sees_the_temperatures_as_constants(mode: str) -> None:
 
 
 def test_robust_network_is_trained_by_the_robust_loss_alone() -> None:
-    """At equal similarities InfoNCE has no slope in tau; J has rho, which lowers every tau."""
+    """One-hot rows: the negatives are all alike, so dJ/dtau is rho = 0.5 log 7 at any tau."""
     net, blocks = make_net("shared_bottom"), distinct_blocks(8)
     alignment = make(net, mode="robust", robust_share=0.5, projection=0)
-    output = make_output(torch.ones(8, 2, 8))
+    output = make_output(torch.eye(8).unsqueeze(1).repeat(1, 2, 1))
 
     alignment(output, blocks, progress=0.5).backward()
 
     assert alignment.relatedness is not None
     gradient = alignment.relatedness.output.bias.grad
-    # dJ/dtau = rho = 0.5 log 7; dtau/dx = -0.95 r (1 - r) at r = 0.8 / 0.95.
+    assert gradient is not None
+    # dtau/dx = -0.95 r (1 - r) at r = 0.8 / 0.95.
     assert float(gradient) == pytest.approx(0.972955 * -0.95 * 0.8421053 * 0.1578947, abs=1e-5)
 
 
@@ -519,11 +520,16 @@ def test_t35_negative_zero_is_zero() -> None:
     assert feature_classes(blocks, 2).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("mode", ["fixed", *LEARNED])
 @pytest.mark.parametrize("rows", [[0], [0, 0, 0]])
-def test_t35_rows_without_negatives_give_no_loss_and_no_nan(mode: str, rows: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("mode", "negatives"),
+    [*((mode, "batch") for mode in ("fixed", *LEARNED)), ("fixed", "one"), ("prior", "one")],
+)
+def test_t35_rows_without_negatives_give_no_loss_and_no_nan(
+    mode: str, negatives: str, rows: list[int]
+) -> None:
     net, blocks = make_net("tafe"), take(distinct_blocks(1), rows)
-    alignment = make(net, mode=mode, prior_weight=0.0)
+    alignment = make(net, mode=mode, negatives=negatives, prior_weight=0.0)
 
     term = alignment(net(NetInput.of(blocks)), blocks, progress=0.5)
 
