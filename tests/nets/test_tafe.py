@@ -15,7 +15,8 @@ from model.contract.encode import Encoder
 from model.golden import synthetic_requests
 from model.nets import build_net
 from model.nets.layers import NetInput, NetSpec
-from model.nets.tafe import GroupedSetAttention, PatternSelector, Tafe
+from model.nets.selector import PatternSelector
+from model.nets.tafe import GroupedSetAttention, Tafe
 
 SMALL: dict[str, Any] = {
     "embedding": 4,
@@ -67,14 +68,14 @@ def linear(copy: Any, values: Tensor, index: int = 0) -> Tensor:
 
 @both_tokens
 def test_t17_selector_off_gives_every_step_the_same_representation(tokens: str) -> None:
-    representations = make(tokens, use_selector=False)(inputs()).representations
+    representations = make(tokens, selector="off")(inputs()).representations
 
     assert torch.equal(representations[:, 0], representations[:, 1])
 
 
 @both_tokens
 def test_t17_selector_off_is_the_mean_of_the_patterns(tokens: str) -> None:
-    net, given = make(tokens, use_selector=False), inputs()
+    net, given = make(tokens, selector="off"), inputs()
 
     output = net(given)
 
@@ -147,7 +148,7 @@ def test_t19_gate_is_between_zero_and_two_per_row_and_token() -> None:
 @both_tokens
 def test_t20_all_switches_off_is_a_shared_bottom_by_hand(tokens: str) -> None:
     given = inputs()
-    net = make(tokens, patterns=1, use_attention=False, use_selector=False)
+    net = make(tokens, patterns=1, use_attention=False, selector="off")
 
     output = net(given)
 
@@ -320,7 +321,7 @@ def test_t22_selection_by_hand() -> None:
     torch.testing.assert_close(
         selector.weights(patterns), torch.tensor([[[0.5, 0.5], [0.25, 0.75]]])
     )
-    torch.testing.assert_close(selector(patterns, is_uniform=False), torch.tensor([[[2.0], [2.5]]]))
+    torch.testing.assert_close(selector(patterns), torch.tensor([[[2.0], [2.5]]]))
 
 
 @both_tokens
