@@ -326,7 +326,9 @@ def conditional_logits(marginal: Tensor) -> Tensor:
     log c is bounded a hair below 0, so that the logit is finite; the product of the c_t is then P_t
     wherever the given order holds. [derived]
     """
-    log_marginal = functional.logsigmoid(marginal)
+    # Not logsigmoid: in the exported graph it is the logarithm of a sigmoid, which ONNX Runtime has
+    # to 1e-7 absolute only, 1e-3 of a probability of 1e-4.
+    log_marginal = -functional.softplus(-marginal)
     log_ratio = (log_marginal[:, 1:] - log_marginal[:, :-1]).clamp(max=-MIN_LOG_RATIO)
     later = log_ratio - torch.log(-torch.expm1(log_ratio))
     return torch.cat([marginal[:, :1], later], dim=1)
