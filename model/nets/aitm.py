@@ -79,7 +79,8 @@ class Transfer(nn.Module):
     """AIT between two adjacent steps: z_t = sum_u w_u h_1(u) over u in {p, q}.
 
     w = softmax(<h_2(u), h_3(u)> / sqrt(k)), p = g(z_{t-1}) what the step before passes on, q the
-    step's own. h_1, h_2, h_3 and g belong to this pair of steps. Source: AITM eq. 5-9.
+    step's own. h_1, h_2, h_3 and g belong to this pair of steps. Source: papers.md 5, from AITM
+    eq. 5-13; that each is one linear layer, and a ReLU follows g's, is [reconstructed].
     """
 
     def __init__(self, width: int) -> None:

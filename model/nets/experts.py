@@ -90,7 +90,7 @@ class PleOptions(Options):
 class Ple(Net):
     """Levels of experts, own and shared, each step's gate seeing only its own and the shared.
 
-    Source: PLE, section on progressive layered extraction. The first level's experts and gates
+    Source: papers.md 5, from PLE. The first level's experts and gates
     read x; those of a later level read what the level below made for their step (the shared ones,
     what it made for all).
     """

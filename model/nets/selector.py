@@ -118,7 +118,7 @@ def sparsemax(scores: Tensor) -> Tensor:
     """The nearest point of the simplex over the last dimension: max(z - tau, 0), sums to 1.
 
     tau = max_k (sum of the k largest - 1) / k: the running value rises while the next score is
-    above it, and falls from then on. Source: sparsemax (ICML 2016), its threshold; as a maximum
+    above it, and falls from then on. The threshold is sparsemax's [memory]; as a maximum it is
     [derived].
     """
     largest = scores.sort(dim=-1, descending=True).values
