@@ -6,12 +6,20 @@ from pydantic import ValidationError
 
 from model.contract.errors import SpecError
 from model.contract.spec import describe_errors
+from model.nets.aitm import Aitm
+from model.nets.experts import Mmoe, Ple
 from model.nets.layers import Net, NetSpec
 from model.nets.shared_bottom import SharedBottom
 from model.nets.tafe import Tafe
+from model.nets.towers import CrossStitch, SingleTask
 
 ARCHITECTURES: dict[str, type[Net]] = {
+    "single_task": SingleTask,
     "shared_bottom": SharedBottom,
+    "cross_stitch": CrossStitch,
+    "mmoe": Mmoe,
+    "ple": Ple,
+    "aitm": Aitm,
     "tafe": Tafe,
 }
 

@@ -1,13 +1,14 @@
 """What every network is made of: its inputs, its outputs, field embedding, batched layers.
 
-Shape letters: R requests, B candidates, T steps, G patterns, F tokens, D embedding width, K pattern
-width.
+Shape letters: R requests, B candidates, T steps, P copies of a layer side by side, G patterns, F
+tokens, D embedding width, K width of a representation.
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -122,6 +123,7 @@ class Net(nn.Module):
 
     Attributes:
         options: as given.
+        heads: the last layers, one per step.
         representation_width: K of `NetOutput.representations`.
         shared_width: S of `NetOutput.shared`; 0 where it is None.
         has_step_representations: whether the representations of two steps differ.
@@ -129,6 +131,7 @@ class Net(nn.Module):
 
     options_type: ClassVar[type[Options]] = Options
     options: Options
+    heads: "Heads"
     representation_width: int
     shared_width: int = 0
     has_step_representations: bool = True
@@ -138,8 +141,14 @@ class Net(nn.Module):
         raise NotImplementedError
 
     def set_base_rates(self, rates: Sequence[float]) -> None:
-        """Starts each step's head at its conditional base rate."""
-        raise NotImplementedError
+        """Starts each step's head at its base rate; free heads at the cumulative one.
+
+        Args:
+            rates: conditional, one per step, inside (0, 1).
+        """
+        if self.options.outputs == "marginal":
+            rates = list(accumulate(rates, operator.mul))
+        self.heads.set_base_rates(rates)
 
     def output(
         self, head_logits: Tensor, *, representations: Tensor, shared: Tensor | None
@@ -210,6 +219,35 @@ class FieldEmbedding(nn.Module):
         return embedded
 
 
+class InputLayer(nn.Module):
+    """A first layer split by side: what depends on the request is computed once per request.
+
+    Layers that read the same inputs (experts, gates, towers) lie side by side in `outputs`: they
+    are one product.
+    """
+
+    def __init__(self, spec: NetSpec, *, embedding: int, outputs: int) -> None:
+        super().__init__()
+        self.embedding = FieldEmbedding(spec, width=embedding)
+        num_request, num_candidate = side_widths(spec, embedding=embedding)
+        self.request = nn.Linear(num_request, outputs) if num_request else None
+        self.candidate = nn.Linear(num_candidate, outputs, bias=not num_request)
+
+    def forward(self, inputs: NetInput) -> Tensor:
+        """[B, outputs], before any activation."""
+        candidate = torch.cat(
+            [self.embedding.candidate(inputs).flatten(1), inputs.candidate_dense], dim=1
+        )
+        hidden: Tensor = self.candidate(candidate)
+        if self.request is None:
+            return hidden
+        request = torch.cat(
+            [self.embedding.request(inputs).flatten(1), inputs.request_dense], dim=1
+        )
+        of_request: Tensor = self.request(request)
+        return hidden + of_request.index_select(0, inputs.request_of)
+
+
 class BatchedLinear(nn.Module):
     """P linear layers in one product: [P, B, in] to [P, B, out]."""
 
@@ -226,6 +264,24 @@ class BatchedLinear(nn.Module):
         if self.bias is None:
             return torch.bmm(inputs, self.weight)
         return torch.baddbmm(self.bias, inputs, self.weight)
+
+
+class BatchedMlp(nn.Module):
+    """P MLPs side by side, ReLU and dropout after each layer.
+
+    [P, B, widths[0]] to [P, B, widths[-1]]; one width alone changes nothing.
+    """
+
+    def __init__(self, copies: int, widths: Sequence[int], *, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([BatchedLinear(copies, *pair) for pair in pairwise(widths)])
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Applies MLP p to inputs[p]."""
+        for layer in self.layers:
+            inputs = self.dropout(torch.relu(layer(inputs)))
+        return inputs
 
 
 class BatchedLayerNorm(nn.Module):
@@ -254,7 +310,7 @@ class Heads(nn.Module):
             self.output.weight.mul_(0.1)
 
     def forward(self, representations: Tensor) -> Tensor:
-        """Logits of the conditional steps."""
+        """Logits of the steps: of which probabilities, `Options.outputs` says."""
         return self.logits(self.hidden_states(representations))
 
     def hidden_states(self, representations: Tensor) -> Tensor:
@@ -280,10 +336,23 @@ def conditional_logits(marginal: Tensor) -> Tensor:
     log c is bounded a hair below 0, so that the logit is finite; the product of the c_t is then P_t
     wherever the given order holds. [derived]
     """
-    log_marginal = functional.logsigmoid(marginal)
+    # Not logsigmoid: in the exported graph it is the logarithm of a sigmoid, which ONNX Runtime has
+    # to 1e-7 absolute only, 1e-3 of a probability of 1e-4.
+    log_marginal = -functional.softplus(-marginal)
     log_ratio = (log_marginal[:, 1:] - log_marginal[:, :-1]).clamp(max=-MIN_LOG_RATIO)
     later = log_ratio - torch.log(-torch.expm1(log_ratio))
     return torch.cat([marginal[:, :1], later], dim=1)
+
+
+def side_widths(spec: NetSpec, *, embedding: int) -> tuple[int, int]:
+    """Columns of the request side and of the candidate side once their ids are embedded."""
+    request = (len(spec.request_tables) + len(spec.histories)) * embedding + spec.request_dense
+    return request, len(spec.candidate_tables) * embedding + spec.candidate_dense
+
+
+def side_by_side(flat: Tensor, copies: int) -> Tensor:
+    """[B, P * width] to [P, B, width]."""
+    return flat.reshape(flat.shape[0], copies, -1).transpose(0, 1)
 
 
 def mlp(widths: Sequence[int], *, dropout: float) -> nn.Sequential:

@@ -6,13 +6,13 @@ formulas are ours.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from model.nets.aitm import TransferChain
 from model.nets.layers import (
     BatchedLayerNorm,
     BatchedLinear,
@@ -23,7 +23,9 @@ from model.nets.layers import (
     NetOutput,
     NetSpec,
     Options,
+    side_widths,
 )
+from model.nets.selector import SelectorKind, make_selector
 
 
 class TafeOptions(Options):
@@ -36,6 +38,11 @@ class TafeOptions(Options):
         width: token width d_h; heads: H; inducing: m points per pattern; patterns: G.
         pattern_hidden, pattern: the pattern MLP's widths (the last is K).
         indicator: width d_u of the task-indicator vectors.
+        selector: how a step chooses among the patterns, see `nets.selector`; "off" gives every step
+            their mean.
+        use_attention, use_excitation: off, they leave the tokens as they are (a gate of 1).
+        samples_inducing: each row moves the inducing points by its tokens' mean.
+        use_transfer: AITM's transfer between the steps' representations.
     """
 
     tokens: Literal["grouped", "fields"] = "grouped"
@@ -46,13 +53,15 @@ class TafeOptions(Options):
     heads: int = Field(default=2, ge=1)
     inducing: int = Field(default=2, ge=1)
     patterns: int = Field(default=3, ge=1)
-    pattern_hidden: int = Field(default=64, ge=1)
+    pattern_hidden: int = Field(default=80, ge=1)
     pattern: int = Field(default=48, ge=1)
     head: int = Field(default=32, ge=1)
     indicator: int = Field(default=16, ge=1)
+    selector: SelectorKind = "softmax"
     use_attention: bool = True
     use_excitation: bool = True
-    use_selector: bool = True
+    samples_inducing: bool = False
+    use_transfer: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -71,7 +80,7 @@ class Tafe(Net):
         super().__init__()
         self.options = options
         self.representation_width = self.shared_width = options.pattern
-        self.has_step_representations = options.use_selector
+        self.has_step_representations = options.selector != "off"
         self.tokens = (
             GroupedTokens(spec, options)
             if options.tokens == "grouped"
@@ -79,7 +88,13 @@ class Tafe(Net):
         )
         num_tokens, width, patterns = self.tokens.num_tokens, options.width, options.patterns
         self.attention = (
-            GroupedSetAttention(patterns, width, heads=options.heads, num_inducing=options.inducing)
+            GroupedSetAttention(
+                patterns,
+                width,
+                heads=options.heads,
+                num_inducing=options.inducing,
+                samples_inducing=options.samples_inducing,
+            )
             if options.use_attention
             else None
         )
@@ -91,14 +106,23 @@ class Tafe(Net):
         self.pattern_hidden = BatchedLinear(patterns, num_tokens * width, options.pattern_hidden)
         self.pattern_output = BatchedLinear(patterns, options.pattern_hidden, options.pattern)
         self.dropout = nn.Dropout(options.dropout)
-        self.selector = PatternSelector(spec.num_steps, options.pattern, options.indicator)
+        self.selector = make_selector(
+            options.selector,
+            num_steps=spec.num_steps,
+            pattern=options.pattern,
+            indicator=options.indicator,
+        )
+        self.transfer = (
+            TransferChain(spec.num_steps, options.pattern) if options.use_transfer else None
+        )
         self.heads = Heads(spec.num_steps, options.pattern, options.head, dropout=options.dropout)
 
     def forward(self, inputs: NetInput) -> NetOutput:
         """See `Net`. Reconstructed: papers.md 2.3 (0)-(6)."""
-        tokens_BFD = self.tokens(inputs)
-        patterns_GBK = self.patterns(tokens_BFD)
-        representations_BTK = self.selector(patterns_GBK, is_uniform=not self.options.use_selector)
+        patterns_GBK = self.patterns(self.tokens(inputs))
+        representations_BTK = self.selector(patterns_GBK)
+        if self.transfer is not None:
+            representations_BTK = self.transfer(representations_BTK)
         return self.output(
             self.heads(representations_BTK),
             representations=representations_BTK,
@@ -118,9 +142,9 @@ class Tafe(Net):
         hidden = self.dropout(torch.relu(self.pattern_hidden(flat)))
         return torch.relu(self.pattern_output(hidden))
 
-    def set_base_rates(self, rates: Sequence[float]) -> None:
-        """See `Net`."""
-        self.heads.set_base_rates(rates)
+    def selection(self, inputs: NetInput) -> Tensor:
+        """What each step takes of each pattern, [B, T, G]; sums to 1 over G."""
+        return self.selector.weights(self.patterns(self.tokens(inputs)))
 
 
 class GroupedTokens(nn.Module):
@@ -134,7 +158,7 @@ class GroupedTokens(nn.Module):
         width = options.embedding
         self.embedding = FieldEmbedding(spec, width=width)
         self.width = options.width
-        num_request = (len(spec.request_tables) + len(spec.histories)) * width + spec.request_dense
+        num_request, _ = side_widths(spec, embedding=width)
         self.request = (
             nn.Linear(num_request, options.request_tokens * options.width) if num_request else None
         )
@@ -205,15 +229,31 @@ class GroupedSetAttention(nn.Module):
 
     MAB(Q, K) = LN(O + ReLU(O W_o + b_o)), O = LN(Q W_q + attention(Q W_q, K W_k, K W_v)), and
     ISAB(X) = MAB(X, MAB(I, X)). Source: papers.md 2.3 (1), from the set transformer's code, with
-    the scale per head. Permuting the tokens permutes the result.
+    the scale per head. Permuting the tokens permutes the result. With `samples_inducing` a row's
+    points are I + W mean_f X, W at first zero. Reconstructed: papers.md 2.5.
     """
 
-    def __init__(self, patterns: int, width: int, *, heads: int, num_inducing: int) -> None:
+    def __init__(
+        self,
+        patterns: int,
+        width: int,
+        *,
+        heads: int,
+        num_inducing: int,
+        samples_inducing: bool = False,
+    ) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of {heads} heads")
         self.patterns, self.width, self.heads = patterns, width, heads
         self.inducing = nn.Parameter(torch.randn(patterns, num_inducing, width) / math.sqrt(width))
+        self.shift = (
+            nn.Linear(width, patterns * num_inducing * width, bias=False)
+            if samples_inducing
+            else None
+        )
+        if self.shift is not None:
+            nn.init.zeros_(self.shift.weight)
         self.from_tokens = nn.Linear(width, 3 * patterns * width)
         self.inducing_query = BatchedLinear(patterns, width, width)
         self.from_inducing = BatchedLinear(patterns, width, 2 * width)
@@ -226,13 +266,22 @@ class GroupedSetAttention(nn.Module):
         projected = self.from_tokens(tokens_BFD)
         projected = projected.reshape(batch, num_tokens, 3, self.patterns, width)
         key, value, query = projected.permute(2, 3, 0, 1, 4)  # each [G, B, F, D]
-        inducing = self.inducing_query(self.inducing)  # [G, m, D]
-        first = inducing.unsqueeze(1).expand(-1, batch, -1, -1)
-        summary = self._block(0, first, key, value)  # [G, B, m, D]
+        summary = self._block(0, self._points(tokens_BFD), key, value)  # [G, B, m, D]
         keys_values = self.from_inducing(summary.flatten(1, 2))
-        keys_values = keys_values.reshape(self.patterns, batch, inducing.shape[1], 2 * width)
+        keys_values = keys_values.reshape(self.patterns, batch, -1, 2 * width)
         key, value = keys_values[..., :width], keys_values[..., width:]
         return self._block(1, query, key, value)
+
+    def _points(self, tokens_BFD: Tensor) -> Tensor:
+        """The inducing points' queries, [G, B, m, D]."""
+        batch, (patterns, num_inducing, width) = tokens_BFD.shape[0], self.inducing.shape
+        if self.shift is None:
+            query: Tensor = self.inducing_query(self.inducing)  # [G, m, D]
+            return query.unsqueeze(1).expand(-1, batch, -1, -1)
+        shift = self.shift(tokens_BFD.mean(dim=1)).reshape(batch, patterns, num_inducing, width)
+        points = self.inducing.unsqueeze(1) + shift.transpose(0, 1)
+        moved: Tensor = self.inducing_query(points.flatten(1, 2))
+        return moved.reshape(patterns, batch, num_inducing, width)
 
     def _block(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """One MAB after its projections: query [G, B, n, D], key and value [G, B, s, D]."""
@@ -266,25 +315,3 @@ class Excitation(nn.Module):
         """Gates [G, B, F, 1] in (0, 2)."""
         squeezed = self.squeeze(attended_GBFD.mean(dim=-1))
         return 2.0 * torch.sigmoid(self.excite(torch.relu(squeezed))).unsqueeze(-1)
-
-
-class PatternSelector(nn.Module):
-    """t_t = sum_g a_tg h_g, a = softmax_g(<u_t, h_g W> / sqrt(d_u)). Reconstructed: 2.3 (5)."""
-
-    def __init__(self, num_steps: int, pattern: int, indicator: int) -> None:
-        super().__init__()
-        self.indicators = nn.Parameter(torch.randn(num_steps, indicator) / math.sqrt(indicator))
-        self.key = nn.Linear(pattern, indicator, bias=False)
-
-    def weights(self, patterns_GBK: Tensor) -> Tensor:
-        """Selection [B, T, G]; sums to 1 over G."""
-        keys = self.key(patterns_GBK)  # [G, B, d_u]
-        scores = keys @ self.indicators.T / math.sqrt(self.indicators.shape[1])  # [G, B, T]
-        return torch.softmax(scores.permute(1, 2, 0), dim=-1)
-
-    def forward(self, patterns_GBK: Tensor, *, is_uniform: bool) -> Tensor:
-        """Step representations [B, T, K]; with `is_uniform` all steps get the mean."""
-        if is_uniform:
-            mean = patterns_GBK.mean(dim=0)
-            return mean.unsqueeze(1).expand(-1, len(self.indicators), -1)
-        return self.weights(patterns_GBK) @ patterns_GBK.permute(1, 0, 2)

@@ -937,10 +937,41 @@ def tiny_encoder() -> Encoder:
     return Encoder(tiny.fitted_schema())
 
 
+# Each takes seconds: a case covers several switches of its architecture.
 EXPORTS: dict[str, tuple[str, dict[str, Any], Callable[[], Encoder]]] = {
+    "single task": ("single_task", {"widths": (8, 8)}, tiny_encoder),
     "shared bottom": ("shared_bottom", {"widths": (16, 8)}, tiny_encoder),
-    "field tokens": ("tafe", {"tokens": "fields", "width": 8}, tiny_encoder),
+    "cross-stitch": ("cross_stitch", {"widths": (8, 8)}, three_steps_without_a_request_side),
+    "mmoe": ("mmoe", {"experts": 3, "widths": (8, 8)}, tiny_encoder),
+    "ple": ("ple", {"levels": 3, "widths": (8, 8)}, tiny_encoder),
+    "aitm": ("aitm", {"bottom": (8,), "widths": (8,)}, three_steps_without_a_request_side),
     "three steps": ("tafe", {"width": 8}, three_steps_without_a_request_side),
+    "field tokens": (
+        "tafe",
+        {
+            "tokens": "fields",
+            "width": 8,
+            "selector": "sparsemax",
+            "samples_inducing": True,
+            "use_transfer": True,
+        },
+        tiny_encoder,
+    ),
+    "element-wise gate": (
+        "tafe",
+        {"width": 8, "selector": "gate", "use_excitation": False, "outputs": "marginal"},
+        tiny_encoder,
+    ),
+    "hard choice": (
+        "tafe",
+        {"width": 8, "selector": "hard", "use_attention": False},
+        tiny_encoder,
+    ),
+    "one pattern for all": (
+        "tafe",
+        {"width": 8, "selector": "off", "patterns": 1},
+        three_steps_without_a_request_side,
+    ),
 }
 
 

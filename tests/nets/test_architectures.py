@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from model.contract.blocks import Blocks, CandidateBlock, RequestBlock
 from model.contract.encode import Encoder
@@ -17,14 +18,38 @@ from model.contract.spec import PADDING_CODE, UNKNOWN_CODE
 from model.golden import synthetic_requests
 from model.nets import ARCHITECTURES, build_net
 from model.nets.layers import FieldEmbedding, Net, NetInput, NetOutput, NetSpec
-from model.objectives import Dials, LossInput, e2e
 
 SMALL = {"embedding": 4, "dropout": 0.0}
 SMALL_TAFE = {**SMALL, "width": 8, "pattern_hidden": 16, "pattern": 12, "head": 8, "indicator": 4}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "shared_bottom": ("shared_bottom", {**SMALL, "widths": (32, 16), "head": 8}),
+    "single_task": ("single_task", {**SMALL, "widths": (32, 16), "head": 8}),
+    "single_task on one embedding": (
+        "single_task",
+        {**SMALL, "widths": (32,), "head": 8, "shares_embedding": True},
+    ),
+    "cross_stitch": ("cross_stitch", {**SMALL, "widths": (32, 16), "head": 8}),
+    "mmoe": ("mmoe", {**SMALL, "experts": 3, "widths": (16, 12), "head": 8}),
+    "ple": ("ple", {**SMALL, "widths": (16, 12), "head": 8}),
+    "ple of one level": ("ple", {**SMALL, "levels": 1, "own_experts": 2, "widths": (16, 12)}),
+    "ple of three levels": (
+        "ple",
+        {**SMALL, "levels": 3, "own_experts": 0, "shared_experts": 3, "widths": (16, 12)},
+    ),
+    "aitm": ("aitm", {**SMALL, "bottom": (24,), "widths": (16, 12), "head": 8}),
+    "aitm without a bottom": (
+        "aitm",
+        {**SMALL, "bottom": (), "widths": (16, 12), "head": 8, "outputs": "conditional"},
+    ),
     "tafe grouped": ("tafe", SMALL_TAFE),
     "tafe fields": ("tafe", {**SMALL_TAFE, "tokens": "fields"}),
+    "tafe sparsemax, its own points": (
+        "tafe",
+        {**SMALL_TAFE, "selector": "sparsemax", "samples_inducing": True},
+    ),
+    "tafe gate, transfer": ("tafe", {**SMALL_TAFE, "selector": "gate", "use_transfer": True}),
+    "tafe hard": ("tafe", {**SMALL_TAFE, "selector": "hard"}),
+    "tafe of free heads": ("tafe", {**SMALL_TAFE, "selector": "off", "outputs": "marginal"}),
 }
 ENCODER = Encoder(tiny.fitted_schema())
 SPEC = NetSpec.of(ENCODER)
@@ -66,6 +91,11 @@ def run(net: Net, given: Blocks) -> NetOutput:
         return net(NetInput.of(given))
 
 
+def head_logits(output: NetOutput) -> Tensor:
+    """What the heads made: `NetOutput.logits` may be bounded where the order is not kept."""
+    return output.logits if output.marginal is None else output.marginal
+
+
 def probabilities(net: Net, given: Blocks) -> Tensor:
     return torch.sigmoid(run(net, given).logits)
 
@@ -94,7 +124,7 @@ def with_ids(given: Blocks, value: int) -> Blocks:
 
 def test_every_architecture_is_in_the_matrix() -> None:
     assert {name for name, _ in CASES.values()} == set(ARCHITECTURES)
-    assert len(CASES) == 3
+    assert len(CASES) == 16
 
 
 @each_net
@@ -106,7 +136,26 @@ def test_shapes(case: str, num_steps: int) -> None:
 
     assert output.logits.shape == (8, num_steps)
     assert output.representations.shape[:2] == (8, num_steps)
+    assert output.representations.shape[2] == net.representation_width
     assert output.logits.dtype == output.representations.dtype == torch.float32
+    if output.shared is None:
+        assert net.shared_width == 0
+    else:
+        assert output.shared.shape == (8, net.shared_width)
+
+
+@each_net
+def test_free_heads_are_told_beside_the_conditional_logits(case: str) -> None:
+    net, given = make(case, outputs="marginal"), blocks([3, 1, 4])
+
+    output = run(net, given)
+
+    assert output.marginal is not None
+    free, conditional = torch.sigmoid(output.marginal), torch.sigmoid(output.logits)
+    bounded = torch.minimum(free[:, 1] / free[:, 0], torch.ones(8))
+    torch.testing.assert_close(conditional[:, 0], free[:, 0])
+    torch.testing.assert_close(conditional[:, 1], bounded, rtol=0, atol=2e-6)
+    assert run(make(case, outputs="conditional"), given).marginal is None
 
 
 @each_net
@@ -155,7 +204,7 @@ def test_gradients_reach_every_parameter(case: str) -> None:
     net = make(case)
     given = NetInput.of(blocks([4] * 16))
 
-    net(given).logits.square().sum().backward()
+    head_logits(net(given)).square().sum().backward()
 
     missed = [
         name
@@ -173,12 +222,12 @@ def test_over_fits_64_rows(case: str) -> None:
         np.stack([clicks, clicks & (rng.random(64) < 0.5)], axis=1).astype(np.float32)
     )
     given = NetInput.of(blocks([4] * 16))
-    net = make(case).train()
+    net = make(case, head=32).train()  # of few units all may be dead from the start
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
 
     for _ in range(200):
-        seen = LossInput(logits=net(given).logits, labels=labels, row_weight=torch.ones(64, 2))
-        loss = e2e(seen, Dials(step_weights=(1.0, 1.0), masses=(1.0, 0.4)))
+        logits = head_logits(net(given))
+        loss = 2 * functional.binary_cross_entropy_with_logits(logits, labels)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own method is untyped
         optimizer.step()
@@ -247,9 +296,14 @@ def test_heads_start_at_the_base_rates(case: str) -> None:
 
     net.set_base_rates([0.04, 0.005])
 
-    mean = probabilities(net, blocks([50])).mean(dim=0)
+    output = run(net, blocks([50]))
     # Untrained weights move it a little.
-    torch.testing.assert_close(mean, torch.tensor([0.04, 0.005]), rtol=0.25, atol=0)
+    rates = torch.tensor([0.04, 0.005])
+    mean = torch.sigmoid(output.logits).mean(dim=0)
+    torch.testing.assert_close(mean, rates, rtol=0.25, atol=0)
+    if output.marginal is not None:
+        free = torch.sigmoid(output.marginal).mean(dim=0)
+        torch.testing.assert_close(free, torch.tensor([0.04, 0.0002]), rtol=0.25, atol=0)
 
 
 @each_net
@@ -273,15 +327,17 @@ def test_dropout_is_of_training_only(case: str) -> None:
 def test_embedding_parameters_are_the_id_tables(case: str) -> None:
     net = make(case)
 
-    (table,) = net.embedding_parameters()
+    tables = net.embedding_parameters()
 
     rows = sum({**SPEC.request_tables, **SPEC.candidate_tables}.values())
-    assert table.shape == (rows, 4)
+    num_tables = 2 if case == "single_task" else 1  # there each step has its own
+    assert [table.shape for table in tables] == [(rows, 4)] * num_tables
 
 
 def test_unknown_architecture_is_named_beside_those_there_are() -> None:
-    with pytest.raises(SpecError, match="no architecture 'mmoe'; there are shared_bottom, tafe"):
-        build_net("mmoe", spec=SPEC, options={})
+    there_are = "single_task, shared_bottom, cross_stitch, mmoe, ple, aitm, tafe"
+    with pytest.raises(SpecError, match=f"no architecture 'esmm'; there are {there_are}"):
+        build_net("esmm", spec=SPEC, options={})
 
 
 @pytest.mark.parametrize(
@@ -291,6 +347,8 @@ def test_unknown_architecture_is_named_beside_those_there_are() -> None:
         ({"patterns": 0}, r"net\.options: patterns: "),
         ({"tokens": "words"}, r"net\.options: tokens: "),
         ({"width": 10, "heads": 4}, r"net\.options: .*width 10 is not a multiple of 4 heads"),
+        ({"selector": "best"}, r"net\.options: selector: "),
+        ({"outputs": "joint"}, r"net\.options: outputs: "),
         ({"embedding": 0}, r"net\.options: embedding: "),
         ({"dropout": 1.0}, r"net\.options: dropout: "),
     ],

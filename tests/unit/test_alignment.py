@@ -718,7 +718,7 @@ def test_a_single_step_is_refused() -> None:
 
 def test_equal_representations_are_refused() -> None:
     with pytest.raises(SpecError, match="same representation"):
-        make(make_net("tafe", use_selector=False))
+        make(make_net("tafe", selector="off"))
 
 
 @each_net
