@@ -7,12 +7,14 @@ from pydantic import ValidationError
 from model.contract.errors import SpecError
 from model.contract.spec import describe_errors
 from model.nets.layers import Net, NetSpec
+from model.nets.linear_head import LinearHead
 from model.nets.shared_bottom import SharedBottom
 from model.nets.tafe import Tafe
 
 ARCHITECTURES: dict[str, type[Net]] = {
     "shared_bottom": SharedBottom,
     "tafe": Tafe,
+    "linear_head": LinearHead,
 }
 
 

@@ -795,6 +795,7 @@ def tiny_encoder() -> Encoder:
 EXPORTS: dict[str, tuple[str, dict[str, Any], Callable[[], Encoder]]] = {
     "shared bottom": ("shared_bottom", {"widths": (16, 8)}, tiny_encoder),
     "field tokens": ("tafe", {"tokens": "fields", "width": 8}, tiny_encoder),
+    "linear head": ("linear_head", {"widths": (16, 8)}, tiny_encoder),
     "three steps": ("tafe", {"width": 8}, three_steps_without_a_request_side),
 }
 
