@@ -53,8 +53,8 @@ def complete_journey(out: Path, keep_trips: float, as_json: bool) -> None:
 @data.command("simulate")
 @click.argument("out", type=PATH)
 @click.option("--rows", type=click.IntRange(min=1000), default=1_000_000, show_default=True)
-@click.option("--users", type=click.IntRange(min=1), default=20_000, show_default=True)
-@click.option("--items", type=click.IntRange(min=1), default=2_000, show_default=True)
+@click.option("--users", type=click.IntRange(min=2), default=20_000, show_default=True)
+@click.option("--items", type=click.IntRange(min=2), default=2_000, show_default=True)
 @click.option(
     "--steps",
     type=click.IntRange(min=2, max=16),

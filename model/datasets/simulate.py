@@ -2,8 +2,9 @@
 
 The default is the simulation of papers.md 1.7: x ~ N(0, I); click logit -2 + 1.2 x1; conversion
 logit -2.5 + 0.8 x1 - 0.6 x1^2 + 0.5 x2. x1 is the sum of a user's, an item's and the impression's
-own factor. The factors of users and of items are the normal quantiles in random order, so that x1
-and x2 are standard normal however few users and items there are.
+own factor. The factors of users and of items are normal quantiles in random order, scaled to
+variance 1: x1 and x2 have mean 0 and variance 1 over all pairs however few users and items there
+are, and are as good as normal from some hundreds on.
 
 `correlation` is that of the click's logit with x1: the click's factor is r x1 + sqrt(1 - r^2) x3
 with x3 a normal of its own, a column of the log where |r| < 1. The distribution of each probability
@@ -181,7 +182,7 @@ def train_content() -> dict[str, Any]:  # Any: TOML values
         "objective": {"name": "e2e"},
         "optimizer": {
             "batch_rows": 4096,
-            "learning_rate": 0.02,
+            "learning_rate": 0.04,
             "final_learning_rate_share": 0.0,
             "average_decay": 0.9,
             "max_epochs": 8,
@@ -195,8 +196,8 @@ def train_content() -> dict[str, Any]:  # Any: TOML values
 
 
 def _check(simulation: Simulation) -> None:
-    if min(simulation.rows, simulation.users, simulation.items) < 1:
-        raise ValueError("rows, users and items are at least 1")
+    if simulation.rows < 1 or min(simulation.users, simulation.items) < 2:
+        raise ValueError("at least one row, two users and two items are simulated")
     if simulation.steps < 2:
         raise ValueError(f"a chain has two steps or more, not {simulation.steps}")
     if not -1.0 <= simulation.correlation <= 1.0:
@@ -206,9 +207,10 @@ def _check(simulation: Simulation) -> None:
 
 
 def _factors(count: int, rng: np.random.Generator) -> Floats:
-    """Two standard normal columns [count, 2]: the quantiles, each column in an order of its own."""
+    """Two columns [count, 2], mean 0 and variance 1: quantiles, each in an order of its own."""
     normal = NormalDist()
     quantiles = np.array([normal.inv_cdf((i + 0.5) / count) for i in range(count)])
+    quantiles /= quantiles.std()
     return np.stack([rng.permutation(quantiles), rng.permutation(quantiles)], axis=1)
 
 
