@@ -14,8 +14,10 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
+from model.config import ObjectiveConfig
 from model.logs import Labels
 from model.metrics import row_log_losses
+from model.objectives import propensity_weight
 
 Floats = npt.NDArray[np.float64]
 
@@ -31,7 +33,7 @@ class Calibrator(BaseModel):
     """One step's map, piecewise linear in the logit, continued with the outer slopes.
 
     Attributes:
-        x, y: knots, both ascending; empty for the identity and Platt.
+        x, y: knots, both ascending; empty for the identity, temperature and Platt.
         slope, offset: of the line; beyond isotonic knots the slope is 1.
         log_loss: cross-validated, by method, what the choice was made by.
     """
@@ -94,31 +96,41 @@ def fit_calibrators(
     *,
     user: npt.NDArray[np.int64],
     methods: Sequence[str],
+    objective: ObjectiveConfig | None = None,
 ) -> list[Calibrator]:
     """The best method per step by log-loss, cross-validated over users within the given rows.
 
-    A method replaces one before it in `methods` only if it is better by one standard error.
+    A method replaces one before it in `methods` only if it is better by one standard error. Rows
+    are weighted as the objective weighted them, by P_{t-1} of the calibrated steps before: a step
+    calibrated on the rows as they came would be bent back to the space that it was trained out of.
 
     Args:
         logits: [N, T] uncalibrated.
         labels: of the same rows.
         user: [N]; no user is in two folds.
         methods: tried, the simplest first.
+        objective: that the logits were trained by; None weighs all rows alike.
     """
-    calibrators = []
+    calibrators: list[Calibrator] = []
+    log_reached = np.zeros(len(logits), np.float64)
     for t in range(logits.shape[1]):
         rows = labels.known[:, t].copy()
         if t:
             rows &= labels.values[:, t - 1] == 1
+        weight = labels.weight[rows].astype(np.float64)
+        if objective is not None:
+            weight = weight * _scaled_propensity_weight(log_reached[rows], objective)
         calibrators.append(
             _choose(
                 logits[rows, t].astype(np.float64),
                 labels.values[rows, t].astype(np.float64),
-                labels.weight[rows].astype(np.float64),
+                weight,
                 user=user[rows],
                 methods=methods,
             )
         )
+        calibrated = calibrators[t].apply(logits[:, t].astype(np.float64))
+        log_reached -= np.logaddexp(0.0, -calibrated)
     return calibrators
 
 
@@ -131,6 +143,18 @@ def calibrated_probabilities(
         for t, calibrator in enumerate(calibrators)
     ]
     return (1.0 / (1.0 + np.exp(-np.stack(mapped, axis=1)))).astype(np.float32)
+
+
+def _scaled_propensity_weight(log_reached: Floats, objective: ObjectiveConfig) -> Floats:
+    """The objective's w_t(x), scaled to add to the effective number of rows, (sum w)^2 / sum w^2.
+
+    The scale matters to the isotonic prior only, which counts in rows.
+    """
+    if not len(log_reached):
+        return log_reached
+    weight: Floats = propensity_weight(torch.from_numpy(log_reached), objective).numpy()
+    scaled: Floats = weight * (weight.sum() / (weight @ weight))
+    return scaled
 
 
 def _choose(
@@ -175,6 +199,15 @@ def _fit(method: str, logits: Floats, label: Floats, weight: Floats) -> Calibrat
 
 def _identity(logits: Floats, label: Floats, weight: Floats) -> Calibrator:
     return Calibrator()
+
+
+def _temperature(logits: Floats, label: Floats, weight: Floats) -> Calibrator:
+    """Logits over one T > 0: the slope is 1 / T."""
+    model = LogisticRegression(C=1e6, fit_intercept=False)
+    slope = float(model.fit(logits[:, None], label, sample_weight=weight).coef_[0, 0])
+    if slope <= 0.0:
+        return Calibrator()
+    return Calibrator(method="temperature", slope=min(slope, MAX_SLOPE))
 
 
 def _platt(logits: Floats, label: Floats, weight: Floats) -> Calibrator:
@@ -224,6 +257,7 @@ def _without_steep_parts(x: Floats, y: Floats, rows: Floats) -> tuple[Floats, Fl
 
 _FITTERS: dict[str, Callable[[Floats, Floats, Floats], Calibrator]] = {
     "identity": _identity,
+    "temperature": _temperature,
     "platt": _platt,
     "isotonic": _isotonic,
 }

@@ -54,7 +54,11 @@ class ObjectiveConfig(_Section):
         propensity_clip: smallest P_{t-1} that ipw, tempered and dr divide by: weights are at most
             its inverse.
         tempering: alpha of `tempered`, weights P_{t-1}^-alpha: 0 is chain, 1 is ipw.
-        e2e_weight: of the e2e loss added to ipw and dr (ESCM2 adds it with 1); 0 leaves them pure.
+        e2e_weight: of the e2e terms of the steps after the first, added to ipw, tempered and dr
+            (ESCM2 adds them with 1); 0 leaves them pure.
+        imputation: what dr's tower says of rows without the step before: their "label", or their
+            "error" as in ESCM2-DR, whose head learns exactly as under ipw.
+        imputation_hidden: width of that tower.
         hinge_weight: of `hinge`'s penalty on P_t > P_{t-1}, alpha of AITM.
     """
 
@@ -63,6 +67,8 @@ class ObjectiveConfig(_Section):
     propensity_clip: float = Field(default=0.01, gt=0, le=1)
     tempering: float = Field(default=0.5, ge=0, le=1)
     e2e_weight: float = Field(default=0.0, ge=0)
+    imputation: Literal["label", "error"] = "label"
+    imputation_hidden: int = Field(default=64, ge=1)
     hinge_weight: float = Field(default=0.6, ge=0)
 
 
@@ -148,11 +154,34 @@ class FitConfig(_Section):
             error replaces those before it.
     """
 
-    methods: tuple[Literal["identity", "platt", "isotonic"], ...] = (
+    methods: tuple[Literal["identity", "temperature", "platt", "isotonic"], ...] = (
         "identity",
+        "temperature",
         "platt",
         "isotonic",
     )
+
+
+class GatesConfig(_Section):
+    """Bounds that a run must keep on its test rows, as served, to be exported; none when unset.
+
+    Attributes:
+        max_pcoc_error: largest |PCOC - 1| of every cumulative step.
+        min_auc: smallest AUC by metric name, {"auc_ctr": 0.6}.
+        max_ne: largest normalised entropy by metric name, {"ne_ctcvr": 0.99}.
+    """
+
+    max_pcoc_error: float | None = Field(default=None, gt=0)
+    min_auc: dict[str, float] = Field(default_factory=dict)
+    max_ne: dict[str, float] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for bounds, prefix in ((self.min_auc, "auc_"), (self.max_ne, "ne_")):
+            for name in bounds:
+                if not name.startswith(prefix):
+                    raise ValueError(f"{name!r} is no metric {prefix}SPACE, such as {prefix}ctr")
+        return self
 
 
 class TrainConfig(_Section):
@@ -165,6 +194,7 @@ class TrainConfig(_Section):
     alignment: AlignmentConfig = AlignmentConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     calibration: FitConfig = FitConfig()
+    gates: GatesConfig = GatesConfig()
 
     def dump(self) -> dict[str, Any]:  # Any: TOML values
         """Plain data for TOML and JSON; unset values are left out."""

@@ -22,8 +22,16 @@ def calibrate_run(net: Net, data: EncodedData, config: TrainConfig) -> list[Any]
     methods = config.calibration.methods
     if any(f.source == "log_only" for f in data.fitted.schema_.features):
         # At its serving value a position says something else than the rows were logged at.
-        methods = tuple(name for name in methods if name != "identity") or methods
-    return fit_calibrators(predict(net, split), split.labels, user=split.user, methods=methods)
+        # That is an offset, which neither the identity nor a temperature can take out.
+        shifting = tuple(name for name in methods if name not in ("identity", "temperature"))
+        methods = shifting or methods
+    return fit_calibrators(
+        predict(net, split),
+        split.labels,
+        user=split.user,
+        methods=methods,
+        objective=config.objective,
+    )
 
 
 def evaluate_run(run: Run, data: EncodedData) -> dict[str, Any]:

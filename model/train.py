@@ -266,7 +266,7 @@ class _Run:
         temporary.replace(self.run_dir / CHECKPOINT)
 
     def _fingerprint(self) -> str:
-        sections = self.config.model_dump_json(exclude={"data", "calibration"})
+        sections = self.config.model_dump_json(exclude={"data", "calibration", "gates"})
         return f"{sections} {self.data.fitted.schema_.sha256} {len(self._train)}"
 
     def _step(self, rows: npt.NDArray[np.int64], last_step: int) -> float:

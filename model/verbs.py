@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model.console import print_metrics, spinner, training_progress, without_nan
-from model.contract.errors import EncodeError, LogError
+from model.contract.errors import EncodeError, GateError, LogError
 from model.contract.times import format_time, parse_time
 
 PATH = click.Path(path_type=Path)
@@ -144,16 +144,26 @@ def evaluate(run_dir: Path, cache: Path, as_json: bool) -> None:
 @click.command()
 @click.argument("run_dir", type=PATH, metavar="RUN")
 @click.option("--out", type=PATH, required=True, help="Directory of bundles.")
+@click.option(
+    "--ignore-gates", is_flag=True, help="Write it though gates fail; the manifest names them."
+)
 @CACHE
 @JSON
-def export(run_dir: Path, out: Path, cache: Path, as_json: bool) -> None:
-    """Write a run as a bundle: ONNX, schema, golden rows; refused if ONNX scores otherwise."""
+def export(run_dir: Path, out: Path, ignore_gates: bool, cache: Path, as_json: bool) -> None:
+    """Write a run as a bundle: ONNX, schema, golden rows.
+
+    Refused if ONNX scores otherwise, or the test metrics fail a gate of the configuration.
+    """
     from model.contract.encode import Encoder
     from model.dataset import load_data
     from model.export import export_bundle
+    from model.gates import check_gates
     from model.run import read_run
 
     run = read_run(run_dir)
+    failures = check_gates(run.config.gates, run.evaluation, schema=run.fitted.schema_)
+    if failures and not ignore_gates:
+        raise GateError(failures)
     with spinner() as say:
         encoded = load_data(run.config, cache=cache, progress=say)
         say("exporting and comparing with the network")
@@ -170,10 +180,13 @@ def export(run_dir: Path, out: Path, cache: Path, as_json: bool) -> None:
                 "time_range": [format_time(t) for t in run.training["data"]["time_range"]],
                 "splits": run.training["data"]["splits"],
                 "best_step": run.training["best_step"],
+                **({"failed_gates": failures} if failures else {}),
             },
             metrics=without_nan(run.evaluation),
             last_time=run.last_time,
         )
+    for failure in failures:
+        click.echo(f"exported though {failure}", err=True)
     click.echo(json.dumps({"bundle": str(path)}) if as_json else str(path))
 
 

@@ -5,7 +5,7 @@ import sys
 
 import click
 
-from model.contract.errors import ContractError, ParityError
+from model.contract.errors import ContractError, GateError, ParityError
 
 # Verb -> ("module:command", help). Strings, so that `ctr --help` imports none of them.
 VERBS = {
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def _exit_code(exc: Exception) -> tuple[int, str] | None:
-    if isinstance(exc, ParityError):
+    if isinstance(exc, GateError | ParityError):
         return EXIT_GATE, str(exc)
     if isinstance(exc, ContractError):
         return EXIT_DATA, str(exc)

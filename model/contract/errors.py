@@ -1,5 +1,7 @@
 """Errors of the contract: what is wrong with a schema, a value or a bundle, and where."""
 
+from collections.abc import Sequence
+
 
 class ContractError(ValueError):
     """Base of every error of the contract; `where` names the feature, file or field."""
@@ -85,3 +87,15 @@ class ParityError(ContractError):
         super().__init__(message, where="model.onnx")
         self.max_abs_diff = max_abs_diff
         self.tolerance = tolerance
+
+
+class GateError(ContractError):
+    """A run does not keep the bounds set for its export.
+
+    Attributes:
+        failures: every gate that failed, with its figure.
+    """
+
+    def __init__(self, failures: Sequence[str]) -> None:
+        super().__init__("not exported: " + "; ".join(failures), where="gates")
+        self.failures = tuple(failures)

@@ -17,7 +17,7 @@ from model.contract.spec import PADDING_CODE, UNKNOWN_CODE
 from model.golden import synthetic_requests
 from model.nets import ARCHITECTURES, build_net
 from model.nets.layers import FieldEmbedding, Net, NetInput, NetOutput, NetSpec
-from model.objectives import e2e
+from model.objectives import Dials, LossInput, e2e
 
 SMALL = {"embedding": 4, "dropout": 0.0}
 SMALL_TAFE = {**SMALL, "width": 8, "pattern_hidden": 16, "pattern": 12, "head": 8, "indicator": 4}
@@ -179,7 +179,8 @@ def test_over_fits_64_rows(case: str) -> None:
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
 
     for _ in range(200):
-        loss = e2e(net(given).logits, labels, row_weight=torch.ones(64, 2), step_weights=[1.0, 1.0])
+        seen = LossInput(logits=net(given).logits, labels=labels, row_weight=torch.ones(64, 2))
+        loss = e2e(seen, Dials(step_weights=(1.0, 1.0), masses=(1.0, 0.4)))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own method is untyped
         optimizer.step()

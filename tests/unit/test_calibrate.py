@@ -19,7 +19,7 @@ from model.logs import Labels
 from model.metrics import log_loss
 
 Floats = npt.NDArray[np.float64]
-METHODS = ("identity", "platt", "isotonic")
+METHODS = ("identity", "temperature", "platt", "isotonic")
 # Within the logits of the fit and twice as far outside them.
 GRID = np.linspace(-30.0, 30.0, 2001)
 

@@ -37,7 +37,7 @@ def test_everything_else_has_a_default(path: Path) -> None:
     assert config.net.architecture == "tafe"
     assert config.objective.name == "e2e"
     assert (config.split.train_share, config.split.test_share) == (0.7, 0.15)
-    assert config.calibration.methods == ("identity", "platt", "isotonic")
+    assert config.calibration.methods == ("identity", "temperature", "platt", "isotonic")
 
 
 @pytest.mark.parametrize(
