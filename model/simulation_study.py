@@ -32,6 +32,8 @@ from model.train import CHECKPOINT, Progress, train
 Features = Literal["restricted", "rich"]
 FEATURES: tuple[Features, ...] = ("restricted", "rich")
 OBJECTIVES = ("e2e", "chain", "ipw", "dr")
+# Never the identity: "with calibration" is to say something.
+CALIBRATION = 'calibration.methods=["platt", "isotonic"]'
 SECTIONS = ("truth_uncalibrated", "truth")
 COLUMNS = (
     ("PCOC CVR(D)", "truth_uncalibrated", "pcoc_cvr_all"),
@@ -72,7 +74,7 @@ def run_seed(
         )
         base = load_config(
             data_dir / "train.toml",
-            overrides=[*overrides, f'data.schema_file="{schema_file.name}"'],
+            overrides=[CALIBRATION, *overrides, f'data.schema_file="{schema_file.name}"'],
         )
         data = prepare(base, schema=load_schema(schema_file), progress=progress)
         for name in todo:
