@@ -15,6 +15,7 @@ from model.calibrate import (
     calibrated_probabilities,
     fit_calibrators,
 )
+from model.config import ObjectiveConfig
 from model.logs import Labels
 from model.metrics import log_loss
 
@@ -128,6 +129,97 @@ def test_platt_recovers_a_known_distortion() -> None:
     assert calibrator.method == "platt"
     assert calibrator.slope == pytest.approx(0.5, abs=0.03)
     assert calibrator.offset == pytest.approx(-1.0, abs=0.03)
+
+
+def test_temperature_recovers_a_known_distortion() -> None:
+    """Predictions that are too steep by 2: the truth is half the logit, T = 2."""
+    calibrator = fit_one("temperature", 0, rows=40_000, slope=0.5)
+
+    assert calibrator.method == "temperature"
+    assert calibrator.slope == pytest.approx(0.5, abs=0.03)
+    assert calibrator.offset == 0.0
+    assert calibrator.apply(np.array([0.0])).tolist() == [0.0]
+
+
+def test_temperature_is_where_the_log_loss_is_least() -> None:
+    """Three of four rows at logit +-1 are right: the slope is log 3."""
+    logits = np.tile([1.0, 1.0, 1.0, 1.0, -1.0, -1.0, -1.0, -1.0], 20)[:, None].astype(np.float32)
+    label = np.tile([1, 1, 1, 0, 0, 0, 0, 1], 20).astype(np.int8)[:, None]
+
+    (calibrator,) = fit_calibrators(
+        logits, labels_of(label), user=np.arange(160), methods=["temperature"]
+    )
+
+    assert calibrator.slope == pytest.approx(1.0986123, abs=1e-3)
+
+
+def test_temperature_is_never_steep() -> None:
+    """Separable scores would make any slope better than the last."""
+    logits = np.tile([0.01, -0.01], 100)[:, None].astype(np.float32)
+    label = np.tile([1, 0], 100).astype(np.int8)[:, None]
+
+    (calibrator,) = fit_calibrators(
+        logits, labels_of(label), user=np.arange(200), methods=["temperature"]
+    )
+
+    assert calibrator.slope == 20.0
+
+
+def test_a_step_s_fit_weighs_rows_as_the_objective_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the calibrated click probabilities: 0.5, 0.2 and 0.005, which is clipped at 0.01."""
+    weights: list[Floats] = []
+
+    def record(logits: Floats, label: Floats, weight: Floats, **_: Any) -> Calibrator:
+        weights.append(weight / weight.min())
+        return Calibrator(method="platt", slope=1.0, offset=-1.0)
+
+    monkeypatch.setattr(calibrate, "_choose", record)
+    clicks = np.array([0.5, 0.2, 0.005, 0.3])
+    logits = np.stack([np.log(clicks / (1 - clicks)) + 1.0, np.zeros(4)], axis=1)
+    values = np.array([[1, 1], [1, 0], [1, 0], [0, 0]], np.int8)
+
+    def second(**objective: Any) -> list[float]:
+        weights.clear()
+        fit_calibrators(
+            logits.astype(np.float32),
+            labels_of(values, np.array([1.0, 1.0, 1.0, 9.0], np.float32)),
+            user=np.arange(4),
+            methods=METHODS,
+            objective=ObjectiveConfig(**objective),
+        )
+        assert weights[0].tolist() == [1.0, 1.0, 1.0, 9.0]
+        return weights[1].tolist()
+
+    for name in ("ipw", "dr"):
+        assert second(name=name) == pytest.approx([1.0, 2.5, 50.0], rel=1e-5)
+    tempered = second(name="tempered", tempering=0.5)
+    assert tempered == pytest.approx([1.0, 1.5811388, 7.0710678], rel=1e-5)
+    for name in ("e2e", "chain", "adjacent_mean", "hinge"):
+        assert second(name=name) == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(("name", "expected"), [("e2e", 0.186364), ("ipw", 0.125)])
+def test_calibration_keeps_a_constant_cvr_in_the_space_it_was_trained_for(
+    name: str, expected: float
+) -> None:
+    """Two kinds of impressions, (p, q) = (0.5, 0.2) and (0.05, 0.05): papers.md section 9, T7."""
+    counts = {(0.5, 0.2): (8000, 4000, 800), (0.05, 0.05): (8000, 400, 20)}
+    logits, values = [], []
+    for (p, _), (shown, clicks, conversions) in counts.items():
+        place = np.arange(shown)
+        values.append(np.stack([place < clicks, place < conversions], axis=1))
+        logits.append(np.tile([np.log(p / (1 - p)), -1.0], (shown, 1)))
+    labels = labels_of(np.concatenate(values).astype(np.int8))
+
+    _, second = fit_calibrators(
+        np.concatenate(logits).astype(np.float32),
+        labels,
+        user=np.random.default_rng(0).permutation(16_000),
+        methods=["platt"],
+        objective=ObjectiveConfig(name=name),
+    )
+
+    assert sigmoid(second.apply(np.array([-1.0])))[0] == pytest.approx(expected, abs=1e-3)
 
 
 def test_isotonic_recovers_a_step_that_no_line_has() -> None:

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from click.testing import CliRunner
 
-from model.contract.errors import BundleNotFound, LogError, ParityError
+from model.contract.errors import BundleNotFound, GateError, LogError, ParityError
 from model.contract.record import pack_record
 from service import cli
 from service.cli import VERBS
@@ -103,6 +103,7 @@ def test_no_bundle_ends_with_2(
         (BundleNotFound("no bundle at x"), 3, "no bundle at x"),
         (LogError("two\nlines"), 3, "two; lines"),
         (ParityError("differs", max_abs_diff=1.0, tolerance=0.1), 4, "differs"),
+        (GateError(["auc_ctr is 0.5", "ne_ctr is 2"]), 4, "not exported: auc_ctr is 0.5; ne_ctr"),
         (SettingsError("CTR_X: no such setting"), 2, "CTR_X: no such setting"),
         (StoreMisconfigured("wrong password"), 2, "wrong password"),
         (InvalidRequest("expected an id", field="user_id"), 3, "request: user_id: expected an id"),

@@ -85,7 +85,7 @@ def step(time: str | None = None, window_days: float | None = None) -> list[dict
     return [{"name": "click", "label": "click"}, second]
 
 
-def test_rows_that_break_the_chain_are_counted_and_dropped(tmp_path: Path) -> None:
+def test_t16_rows_that_break_the_chain_are_counted_and_dropped(tmp_path: Path) -> None:
     log = read(tmp_path, labels_with(bought=[1, 2]))  # bought without a click
 
     assert (log.num_read, log.num_broken_chain, len(log.frame)) == (60, 2, 58)
@@ -113,12 +113,12 @@ def test_rows_are_sorted_by_time_and_ties_keep_their_order(tmp_path: Path) -> No
     assert log.labels.values[:, 0].tolist() == [int(user % 4 == 0) for user in expected]
 
 
-def test_more_broken_rows_than_one_in_twenty_are_refused(tmp_path: Path) -> None:
+def test_t16_more_broken_rows_than_one_in_twenty_are_refused(tmp_path: Path) -> None:
     with pytest.raises(LogError, match="4 of 60 rows break the chain"):
         read(tmp_path, labels_with(bought=[1, 2, 3, 5]))
 
 
-def test_reversed_labels_are_recognised(tmp_path: Path) -> None:
+def test_t16_reversed_labels_are_recognised(tmp_path: Path) -> None:
     frame = table().rename({"click": "bought", "bought": "click"})
 
     with pytest.raises(LogError, match=r"'conversion' \(15 rows\) is commoner than 'click' \(8"):
