@@ -20,28 +20,33 @@ import tomli_w
 from rich.console import Console
 from rich.table import Table
 
+from model.calibrate import calibrated_probabilities
 from model.config import TrainConfig, load_config
 from model.console import spinner, without_nan
 from model.contract.spec import load_schema
 from model.dataset import EncodedData, prepare
 from model.datasets.simulate import Simulation, schema_content, write_simulation
 from model.evaluate import calibrate_run, evaluate_run
+from model.nets.layers import Net
 from model.run import read_run, write_run
-from model.train import CHECKPOINT, Progress, train
+from model.train import CHECKPOINT, Progress, predict, train
+from model.truth import truth_metrics
 
 Features = Literal["restricted", "rich"]
 FEATURES: tuple[Features, ...] = ("restricted", "rich")
 OBJECTIVES = ("e2e", "chain", "ipw", "dr")
-# Never the identity: "with calibration" is to say something.
-CALIBRATION = 'calibration.methods=["platt", "isotonic"]'
-SECTIONS = ("truth_uncalibrated", "truth")
+# Of the evaluation; and by calibrators that are never the identity, so that what calibration does
+# is seen where the default finds none to be needed.
+UNCALIBRATED, CALIBRATED, FORCED = "truth_uncalibrated", "truth", "truth_forced_calibration"
+FORCED_METHODS = ("platt", "isotonic")
 COLUMNS = (
-    ("PCOC CVR(D)", "truth_uncalibrated", "pcoc_cvr_all"),
-    ("calibrated", "truth", "pcoc_cvr_all"),
-    ("RMSE CVR(D)", "truth_uncalibrated", "rmse_cvr_all"),
-    ("calibrated", "truth", "rmse_cvr_all"),
-    ("PCOC CTCVR", "truth_uncalibrated", "pcoc_ctcvr"),
-    ("calibrated", "truth", "pcoc_ctcvr"),
+    ("PCOC CVR(D)", UNCALIBRATED, "pcoc_cvr_all"),
+    ("calibrated", CALIBRATED, "pcoc_cvr_all"),
+    ("forced", FORCED, "pcoc_cvr_all"),
+    ("RMSE CVR(D)", UNCALIBRATED, "rmse_cvr_all"),
+    ("PCOC CTCVR", UNCALIBRATED, "pcoc_ctcvr"),
+    ("calibrated", CALIBRATED, "pcoc_ctcvr"),
+    ("forced", FORCED, "pcoc_ctcvr"),
 )
 
 Results = dict[str, dict[str, float]]  # by section of the evaluation, by metric
@@ -74,7 +79,7 @@ def run_seed(
         )
         base = load_config(
             data_dir / "train.toml",
-            overrides=[CALIBRATION, *overrides, f'data.schema_file="{schema_file.name}"'],
+            overrides=[*overrides, f'data.schema_file="{schema_file.name}"'],
         )
         data = prepare(base, schema=load_schema(schema_file), progress=progress)
         for name in todo:
@@ -108,7 +113,7 @@ def summarize(
                     metric: _mean_and_deviation([r[section][metric] for r in results])
                     for metric in results[0][section]
                 }
-                for section in SECTIONS
+                for section in results[0]
             }
     return summary
 
@@ -127,7 +132,20 @@ def _train_and_measure(config: TrainConfig, data: EncodedData, *, run_dir: Path)
     )
     (run_dir / CHECKPOINT).unlink()
     evaluation = evaluate_run(read_run(run_dir), data)
-    return {section: evaluation[section] for section in SECTIONS}
+    return {
+        UNCALIBRATED: evaluation[UNCALIBRATED],
+        CALIBRATED: evaluation[CALIBRATED],
+        FORCED: _with_forced_calibration(result.net, data, config),
+    }
+
+
+def _with_forced_calibration(net: Net, data: EncodedData, config: TrainConfig) -> dict[str, float]:
+    calibration = config.calibration.model_copy(update={"methods": FORCED_METHODS})
+    forced = config.model_copy(update={"calibration": calibration})
+    test = data.splits["test"]
+    assert test.truth is not None
+    predicted = calibrated_probabilities(predict(net, test), calibrate_run(net, data, forced))
+    return truth_metrics(predicted, test.truth, weight=test.weight, schema=data.fitted.schema_)
 
 
 def _mean_and_deviation(values: Sequence[float]) -> dict[str, float]:
@@ -144,7 +162,7 @@ def _print(summary: dict[str, dict[str, Any]], *, rows: int, seeds: int) -> None
     )
     for key, sections in summary.items():
         cells = [sections[section][metric] for _, section, metric in COLUMNS]
-        table.add_row(*key.split("-", 1), *(f"{c['mean']:.4f} +- {c['sd']:.4f}" for c in cells))
+        table.add_row(*key.split("-", 1), *(f"{c['mean']:.3f} +- {c['sd']:.3f}" for c in cells))
     Console().print(table)
 
 

@@ -155,7 +155,7 @@ def test_log_reads_with_its_schema_whole_and_split(tmp_path: Path) -> None:
 
     assert (log.num_read, log.num_broken_chain) == (20_000, 0)
     shares = {name: float((log.split == name).mean()) for name in np.unique(log.split)}
-    expected = {"train": 0.6, "validation": 0.05, "calibration": 0.1, "test": 0.25}
+    expected = {"train": 0.6, "validation": 0.05, "calibration": 0.2, "test": 0.15}
     assert shares == pytest.approx(expected, abs=0.02)
 
 
