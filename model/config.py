@@ -131,6 +131,9 @@ class OptimizerConfig(_Section):
             weights themselves.
         evaluations_per_epoch: how often validation is scored, and a checkpoint written.
         patience: evaluations without a better validation loss before the end.
+        keep: which weights: "best" has the lowest validation loss, the sum of the cumulative steps'
+            normalised entropies; "last" trains to the end whatever the validation says. Objectives
+            that trade the cumulative probabilities for the conditional ones (ipw, dr) need "last".
     """
 
     batch_rows: int = Field(default=2048, ge=1)
@@ -142,6 +145,7 @@ class OptimizerConfig(_Section):
     max_epochs: int = Field(default=1, ge=1)
     min_steps: int = Field(default=1000, ge=0)
     patience: int = Field(default=3, ge=1)
+    keep: Literal["best", "last"] = "best"
     evaluations_per_epoch: int = Field(default=4, ge=1)
     drop_record_share: float = Field(default=0.03, ge=0, lt=1)
     drop_id_share: float = Field(default=0.01, ge=0, lt=1)

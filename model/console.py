@@ -58,16 +58,20 @@ def training_progress() -> Iterator[Any]:  # Any: model.train.Progress, which im
 
 
 def print_metrics(by_name: dict[str, dict[str, Any]]) -> None:
-    """One row per metric, one column per named set of metrics."""
-    table = Table("metric", *(name.replace("_", " ") for name in by_name))
+    """One row per metric, one column per named set; sets of other metrics have their own table."""
+    first = next(iter(by_name.values()))
+    alike = {name: metrics for name, metrics in by_name.items() if metrics.keys() <= first.keys()}
+    table = Table("metric", *(name.replace("_", " ") for name in alike))
     table.columns[0].no_wrap = True
-    table.columns[0].min_width = max(map(len, next(iter(by_name.values()))))
-    for metric in next(iter(by_name.values())):
+    table.columns[0].min_width = max(map(len, first))
+    for metric in first:
         if metric in ("step", "loss"):
             continue
-        cells = [_cell(metrics.get(metric)) for metrics in by_name.values()]
-        table.add_row(metric, *cells)
+        table.add_row(metric, *(_cell(metrics.get(metric)) for metrics in alike.values()))
     Console().print(table)
+    others = {name: metrics for name, metrics in by_name.items() if name not in alike}
+    if others:
+        print_metrics(others)
 
 
 def _cell(value: object) -> str:

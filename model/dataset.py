@@ -30,7 +30,7 @@ from model.fit import fit_schema
 from model.history import TIME, USER, AsOf, Tables
 from model.logs import SPLITS, ImpressionLog, Labels, read_log, unix_seconds
 
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 
 Rows = npt.NDArray[np.int64]
 Progress = Callable[[str], None]
@@ -41,6 +41,9 @@ class EncodedSplit:
     """One split: request rows stored once, and N impressions that point at them.
 
     Ids are kept as int32, wide enough for every table, to halve the memory.
+
+    Attributes:
+        truth: [N, T], known conditional step probabilities; None where the log has none.
     """
 
     request_ids: npt.NDArray[np.int32]
@@ -53,6 +56,7 @@ class EncodedSplit:
     label_known: npt.NDArray[np.bool_]
     weight: npt.NDArray[np.float32]
     user: npt.NDArray[np.int64]
+    truth: npt.NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.request_of)
@@ -152,6 +156,7 @@ class RawSplit:
     request_of: Rows
     labels: Labels
     user: npt.NDArray[np.int64]
+    truth: npt.NDArray[np.float32] | None
 
 
 def build_columns(log: ImpressionLog, as_of: AsOf, *, rows: Rows) -> RawSplit:
@@ -173,6 +178,7 @@ def build_columns(log: ImpressionLog, as_of: AsOf, *, rows: Rows) -> RawSplit:
         request_of=request_of,
         labels=log.labels.take(rows),
         user=frame[USER].rank("dense").fill_null(0).to_numpy().astype(np.int64),
+        truth=None if log.truth is None else log.truth[rows],
     )
 
 
@@ -193,6 +199,7 @@ def encode_split(raw: RawSplit, encoder: Encoder) -> EncodedSplit:
         label_known=raw.labels.known,
         weight=raw.labels.weight,
         user=raw.user,
+        truth=raw.truth,
     )
 
 
@@ -385,22 +392,21 @@ def _write_cache(directory: Path, data: EncodedData) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for name, split in data.splits.items():
         for field, array in vars(split).items():
-            np.save(directory / f"{name}.{field}.npy", array)
+            if array is not None:
+                np.save(directory / f"{name}.{field}.npy", array)
     (directory / "fitted.json").write_text(data.fitted.model_dump_json(by_alias=True))
     (directory / "report.json").write_text(json.dumps(data.report))
     (directory / "done").touch()
 
 
 def _read_cache(directory: Path) -> EncodedData:
-    splits = {
-        name: EncodedSplit(
-            **{
-                field: np.load(directory / f"{name}.{field}.npy")
-                for field in EncodedSplit.__dataclass_fields__
-            }
-        )
-        for name in SPLITS
-    }
+    fields = EncodedSplit.__dataclass_fields__
+    splits = {}
+    for name in SPLITS:
+        paths = {field: directory / f"{name}.{field}.npy" for field in fields}
+        if not paths["truth"].exists():
+            del paths["truth"]
+        splits[name] = EncodedSplit(**{field: np.load(path) for field, path in paths.items()})
     return EncodedData(
         fitted=FittedSchema.model_validate_json((directory / "fitted.json").read_bytes()),
         splits=splits,

@@ -12,7 +12,8 @@ from model.dataset import EncodedData, EncodedSplit
 from model.metrics import chain_metrics
 from model.nets.layers import Net
 from model.run import Run
-from model.train import predict
+from model.train import conditional_probabilities, predict
+from model.truth import truth_metrics
 
 
 def calibrate_run(net: Net, data: EncodedData, config: TrainConfig) -> list[Any]:
@@ -34,18 +35,33 @@ def calibrate_run(net: Net, data: EncodedData, config: TrainConfig) -> list[Any]
 
 
 def evaluate_run(run: Run, data: EncodedData) -> dict[str, Any]:
-    """Test metrics as served (`test`), with empty user records, and of the training base rate."""
+    """Test metrics as served (`test`), with empty user records, and of the training base rate.
+
+    Where the log has true probabilities also against them, on all test impressions, without
+    calibration and with it.
+    """
     test = data.splits["test"]
     schema = data.fitted.schema_
     stored = Encoder(data.fitted).store_columns()
-    served = calibrated_probabilities(predict(run.net, test), run.calibrators)
+    logits = predict(run.net, test)
+    served = calibrated_probabilities(logits, run.calibrators)
     empty = calibrated_probabilities(
         predict(run.net, test, without_records=stored), run.calibrators
     )
+    against_truth = {}
+    if test.truth is not None:
+        for name, predicted in (
+            ("truth_uncalibrated", conditional_probabilities(logits)),
+            ("truth", served),
+        ):
+            against_truth[name] = truth_metrics(
+                predicted, test.truth, weight=test.weight, schema=schema
+            )
     return {
         "test": chain_metrics(served, test.labels, schema=schema, user=test.user),
         "test_without_records": chain_metrics(empty, test.labels, schema=schema),
         "test_base_rate": _base_rate_metrics(data.splits["train"], test, schema),
+        **against_truth,
     }
 
 

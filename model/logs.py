@@ -38,10 +38,15 @@ class Labels:
 
 @dataclass(frozen=True, kw_only=True)
 class ImpressionLog:
-    """A checked log, sorted by time: its frame, labels, split of each row, and what was dropped."""
+    """A checked log, sorted by time: its frame, labels, split of each row, and what was dropped.
+
+    Attributes:
+        truth: float32 [N, T], known conditional step probabilities; None where the log has none.
+    """
 
     frame: pl.DataFrame
     labels: Labels
+    truth: npt.NDArray[np.float32] | None
     split: npt.NDArray[np.str_]
     num_read: int
     num_broken_chain: int
@@ -95,6 +100,7 @@ def read_log(data: DataConfig, *, schema: Schema, split: SplitConfig) -> Impress
     return ImpressionLog(
         frame=frame,
         labels=labels,
+        truth=_truth(frame, schema, data.impressions),
         split=_split(frame, schema, split, data.impressions),
         num_read=num_read,
         num_broken_chain=num_broken,
@@ -157,7 +163,7 @@ def _check_columns(frame: pl.DataFrame, schema: Schema, path: Path) -> None:
     wanted = [log.user_id, log.item_id, log.time, *(step.label for step in schema.steps)]
     optional = (log.request_id, log.weight, log.negative_keep_rate, log.split)
     wanted += [name for name in optional if name is not None]
-    wanted += [step.time for step in schema.steps if step.time is not None]
+    wanted += [c for step in schema.steps for c in (step.time, step.truth) if c is not None]
     missing = [name for name in wanted if name not in frame.columns]
     if missing:
         raise LogError(
@@ -253,6 +259,22 @@ def _within_windows(
     values = np.minimum.accumulate(values, axis=1)
     known = np.logical_and.accumulate(known, axis=1)
     return Labels(values=values, known=known, weight=weight)
+
+
+def _truth(frame: pl.DataFrame, schema: Schema, path: Path) -> npt.NDArray[np.float32] | None:
+    names = [step.truth for step in schema.steps if step.truth is not None]
+    if not names:
+        return None
+    columns = []
+    for name in names:
+        series = frame[name]
+        if not series.dtype.is_numeric():
+            raise LogError(f"{path}: true probability {name!r} is {series.dtype}", path=path)
+        values = series.cast(pl.Float64).fill_null(np.nan).to_numpy()
+        if not ((values >= 0) & (values <= 1)).all():
+            raise LogError(f"{path}: column {name!r} holds what is no probability", path=path)
+        columns.append(values.astype(np.float32))
+    return np.stack(columns, axis=1)
 
 
 def _weights(

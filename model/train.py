@@ -49,7 +49,7 @@ class RunState:
 
     Attributes:
         step: optimiser steps done.
-        best: lowest validation loss so far, at `best_step`.
+        best: validation loss of the kept weights, at `best_step`: the lowest so far, or the last.
         stale: evaluations since.
         evaluations: (step, validation metrics).
         seconds: training time, without evaluations.
@@ -325,7 +325,7 @@ class _Run:
         # Normalised entropies, so that the rare last step counts as much as the first.
         loss = float(np.sum([metrics[f"ne_{name}"] for name in space_names(schema)[0]]))
         self.state.evaluations.append({"step": self.state.step, "loss": loss, **metrics})
-        if loss < self.state.best:
+        if loss < self.state.best or self.config.optimizer.keep == "last":
             self.state.best, self.state.best_step, self.state.stale = loss, self.state.step, 0
             self.best_weights = copy.deepcopy(self.average.state_dict())
         else:

@@ -13,7 +13,7 @@ VERBS = {
         "service.quickstart:quickstart",
         "From real logs to scored candidates in one go",
     ),
-    "data": ("model.verbs_data:data", "Make impression logs from a public data set"),
+    "data": ("model.verbs_data:data", "Make impression logs: public data, or simulated"),
     "schema": ("model.verbs:schema", "Propose a schema file for your own logs"),
     "train": ("model.verbs:train", "Train a model on impression logs"),
     "evaluate": ("model.verbs:evaluate", "Measure a trained model on its test rows"),

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from model.contract.errors import SpecError
+from model.contract.log_spec import Frozen, LogColumns, Step
 
 CONTRACT_VERSION = 1
 
@@ -28,11 +29,7 @@ Source = Literal["request", "store", "items", "log_only"]
 RawValue = str | int | float | None
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class EventStatistic(_Frozen):
+class EventStatistic(Frozen):
     """How a raw value is made from events strictly before an impression's time (minus the lag).
 
     Attributes:
@@ -57,7 +54,7 @@ class EventStatistic(_Frozen):
         return self
 
 
-class _Feature(_Frozen):
+class _Feature(Frozen):
     name: str
     scope: Scope
     source: Source
@@ -190,50 +187,7 @@ Feature = Annotated[
 ]
 
 
-class Step(_Frozen):
-    """One event of the chain.
-
-    Attributes:
-        name: of the step; the graph's output is `p_<name>`.
-        label: label column, 0 or 1.
-        time: column with the event's time, None when the log has none.
-        window_days: how long after the impression the event counts. Rows younger than this when the
-            log ends are masked for the step: their label may still turn.
-    """
-
-    name: str
-    label: str
-    time: str | None = None
-    window_days: float | None = Field(default=None, gt=0)
-
-
-class LogColumns(_Frozen):
-    """Names of the log's columns that are not features.
-
-    Attributes:
-        request_id: groups the impressions of one request; None makes each row its own.
-        weight: row weight for loss, calibration and metrics.
-        negative_keep_rate: share in (0, 1] at which rows without the first step were kept; such a
-            row then weighs 1 / rate. Not together with `weight`.
-        split: column naming train, validation, calibration or test; None splits by time.
-    """
-
-    user_id: str = "user_id"
-    item_id: str = "item_id"
-    time: str = "time"
-    request_id: str | None = None
-    weight: str | None = None
-    negative_keep_rate: str | None = None
-    split: str | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.weight is not None and self.negative_keep_rate is not None:
-            raise ValueError("give 'weight' or 'negative_keep_rate', not both")
-        return self
-
-
-class Schema(_Frozen):
+class Schema(Frozen):
     """Everything the trainer and the service must agree on.
 
     Attributes:
@@ -268,16 +222,18 @@ class Schema(_Frozen):
         names = [raw for feature in self.features for raw in raw_columns(feature)]
         _refuse_repeats(names, "feature")
         _refuse_repeats([step.name for step in self.steps], "step")
-        forbidden = {column for step in self.steps for column in (step.label, step.time)}
+        forbidden = {c for step in self.steps for c in (step.label, step.time, step.truth)}
         forbidden |= {self.log.weight, self.log.negative_keep_rate, self.log.split}
         for feature in self.features:
             _check_source(feature)
             if feature.name in forbidden:
                 raise ValueError(
                     f"feature {feature.name!r} is known only after the impression (a label, an "
-                    "event time, a weight or the split)"
+                    "event time, a true probability, a weight or the split)"
                 )
             self._check_references(feature)
+        if len({step.truth is None for step in self.steps}) > 1:
+            raise ValueError("give 'truth' for every step or for none")
         if not any(not feature.is_request_side for feature in self.features):
             raise ValueError("the schema has no item or cross feature")
         return self
@@ -342,7 +298,7 @@ class Schema(_Frozen):
         raise SpecError(f"the schema has no feature {name!r}", where=name)
 
 
-class Moments(_Frozen):
+class Moments(Frozen):
     """What one dense column is shifted and scaled by: encoded = (value - mean) / std, missing = 0.
 
     The mean is over present values, the deviation over all training rows: a column that is nearly
@@ -354,7 +310,7 @@ class Moments(_Frozen):
     std: float = Field(gt=0)
 
 
-class FittedSchema(_Frozen):
+class FittedSchema(Frozen):
     """A schema and what was learnt from the training rows to encode by it.
 
     Attributes:

@@ -9,6 +9,7 @@ from model.contract.spec import describe_errors
 from model.nets.aitm import Aitm
 from model.nets.experts import Mmoe, Ple
 from model.nets.layers import Net, NetSpec
+from model.nets.linear_head import LinearHead
 from model.nets.shared_bottom import SharedBottom
 from model.nets.tafe import Tafe
 from model.nets.towers import CrossStitch, SingleTask
@@ -21,6 +22,7 @@ ARCHITECTURES: dict[str, type[Net]] = {
     "ple": Ple,
     "aitm": Aitm,
     "tafe": Tafe,
+    "linear_head": LinearHead,
 }
 
 

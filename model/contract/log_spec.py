@@ -1,0 +1,70 @@
+"""The log's columns that are not features: ids, time, weight, split, and the chain's steps."""
+
+from typing import Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+
+
+class Frozen(BaseModel):
+    """Base of the schema's parts: nothing in them changes, and unknown fields are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Step(Frozen):
+    """One event of the chain.
+
+    Attributes:
+        name: of the step; the graph's output is `p_<name>`.
+        label: label column, 0 or 1.
+        time: column with the event's time, None when the log has none.
+        window_days: how long after the impression the event counts. Rows younger than this when the
+            log ends are masked for the step: their label may still turn.
+        truth: column with the known probability of the step given the one before, as the label is
+            defined (within the window); simulators have it. Never a feature, never trained on.
+    """
+
+    name: str
+    label: str
+    time: str | None = None
+    window_days: float | None = Field(default=None, gt=0)
+    truth: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unset_truth(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+        # The digest of a schema without it stays that of releases that did not know it.
+        content: dict[str, object] = handler(self)
+        return {k: v for k, v in content.items() if k != "truth" or v is not None}
+
+
+class LogColumns(Frozen):
+    """Names of the log's columns that are not features.
+
+    Attributes:
+        request_id: groups the impressions of one request; None makes each row its own.
+        weight: row weight for loss, calibration and metrics.
+        negative_keep_rate: share in (0, 1] at which rows without the first step were kept; such a
+            row then weighs 1 / rate. Not together with `weight`.
+        split: column naming train, validation, calibration or test; None splits by time.
+    """
+
+    user_id: str = "user_id"
+    item_id: str = "item_id"
+    time: str = "time"
+    request_id: str | None = None
+    weight: str | None = None
+    negative_keep_rate: str | None = None
+    split: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.weight is not None and self.negative_keep_rate is not None:
+            raise ValueError("give 'weight' or 'negative_keep_rate', not both")
+        return self
