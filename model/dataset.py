@@ -22,13 +22,14 @@ from model.contract.spec import (
     History,
     Match,
     Numeric,
+    Recent,
     Schema,
     load_schema,
     raw_columns,
 )
 from model.fit import fit_schema
-from model.history import TIME, USER, AsOf, Tables
-from model.logs import SPLITS, ImpressionLog, Labels, read_log, unix_seconds
+from model.history import AsOf, Tables
+from model.logs import SPLITS, TIME, USER, ImpressionLog, Labels, read_log, unix_seconds
 
 CACHE_VERSION = 5
 
@@ -235,6 +236,8 @@ class _ColumnBuilder:
             return {feature.count_column: counts, feature.last_time_column: times}
         if isinstance(feature, History):
             return {feature.name: self._as_of.history(feature, self._frame)}
+        if isinstance(feature, Recent):
+            return dict(self._as_of.recent(feature, self._frame))
         statistic = feature.statistic if isinstance(feature, Numeric | Elapsed) else None
         if statistic is not None and feature.scope == "item":
             keys = self._keys(str(statistic.attribute))
@@ -244,9 +247,8 @@ class _ColumnBuilder:
         return {feature.name: self._attribute(feature)}
 
     def _logged(self, feature: Feature) -> dict[str, Column | Ragged]:
-        if isinstance(feature, History):
-            ids, times = (self._frame[name].to_list() for name in raw_columns(feature))
-            return {feature.name: ids, f"{feature.name}_time": times}
+        if isinstance(feature, History | Recent):
+            return {name: self._frame[name].to_list() for name in raw_columns(feature)}
         return {
             name: _raw(self._frame[name], is_number=isinstance(feature, Numeric | Elapsed | Match))
             for name in raw_columns(feature)

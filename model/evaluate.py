@@ -8,6 +8,7 @@ from model.calibrate import calibrated_probabilities, fit_calibrators
 from model.config import TrainConfig
 from model.contract.encode import Encoder
 from model.contract.spec import Schema
+from model.contract.store_columns import StoreColumns
 from model.dataset import EncodedData, EncodedSplit
 from model.metrics import chain_metrics
 from model.nets.layers import Net
@@ -42,7 +43,7 @@ def evaluate_run(run: Run, data: EncodedData) -> dict[str, Any]:
     """
     test = data.splits["test"]
     schema = data.fitted.schema_
-    stored = Encoder(data.fitted).store_columns()
+    stored = StoreColumns.of(Encoder(data.fitted))
     logits = predict(run.net, test)
     served = calibrated_probabilities(logits, run.calibrators)
     empty = calibrated_probabilities(

@@ -45,6 +45,7 @@ def fit_schema(
     }
     bare = FittedSchema(schema_=schema, vocabularies=vocabularies, moments={})
     encoder = Encoder(bare, serving=False)
+    request_columns = encoder.with_recent_statistics(request_columns, time=request_time)
     moments = _numeric_moments(
         encoder, encoder.request_layout, request_columns, request_time, rows=request_of
     )

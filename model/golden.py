@@ -11,8 +11,19 @@ import numpy as np
 import numpy.typing as npt
 
 from model.contract.blocks import Blocks
-from model.contract.encode import SECONDS_PER_DAY, Encoder
-from model.contract.spec import Categorical, Elapsed, Feature, Hashed, History, Match, Numeric
+from model.contract.encode import Encoder
+from model.contract.spec import (
+    Categorical,
+    Elapsed,
+    Feature,
+    Hashed,
+    History,
+    Match,
+    Numeric,
+    Recent,
+    raw_columns,
+)
+from model.contract.times import SECONDS_PER_DAY
 
 # Any below: JSON values, one list per raw column.
 
@@ -47,7 +58,7 @@ def golden_requests(encoder: Encoder, *, last_time: float) -> RawRequests:
         name
         for feature in encoder.schema.features
         if feature.source == "store"
-        for name in (feature.name, f"{feature.name}_time")
+        for name in raw_columns(feature)
         if name in requests.request_columns
     ]
     for request in (0, 4, 5):  # no user record at all
@@ -108,6 +119,8 @@ def _columns(
         }
     if isinstance(feature, History):
         return _histories(feature, encoder, time, rng)
+    if isinstance(feature, Recent):
+        return _recents(feature, encoder, time, rng)
     return {}
 
 
@@ -135,6 +148,28 @@ def _histories(
         ids.append([value or "none" for value in _ids(target, encoder, length, rng)])
         times.append([float(now - 3600 * (k + 1)) for k in range(length)])
     return {feature.name: ids, f"{feature.name}_time": times}
+
+
+def _recents(
+    feature: Recent, encoder: Encoder, time: npt.NDArray[np.float64], rng: np.random.Generator
+) -> dict[str, list[Any]]:
+    lengths = rng.integers(feature.max_length + 1, size=len(time)).tolist()
+    lengths[:3] = [0, feature.max_length, 1][: len(lengths)]
+    largest = 2.0 * (feature.large or 10.0)
+    ages = [np.sort(rng.random(n) * 200.0 * SECONDS_PER_DAY) for n in lengths]
+    columns: dict[str, list[Any]] = {
+        feature.name: [np.round(rng.random(n) * largest, 2).tolist() for n in lengths],
+        f"{feature.name}_time": [
+            np.floor(now - age).tolist() for now, age in zip(time.tolist(), ages, strict=True)
+        ],
+    }
+    if feature.context is not None:
+        context = encoder.schema.feature(feature.context)
+        assert isinstance(context, Categorical | Hashed)
+        columns[f"{feature.name}_{feature.context}"] = [
+            _ids(context, encoder, n, rng) for n in lengths
+        ]
+    return columns
 
 
 def _draw(moments: Any, name: str, count: int, rng: np.random.Generator) -> npt.NDArray[np.float64]:

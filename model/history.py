@@ -8,6 +8,7 @@ the same totals.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +16,33 @@ import polars as pl
 
 from model.contract.columns import Ragged
 from model.contract.errors import LogError
-from model.contract.ids import canonical_ids, hash_ids
-from model.contract.record import HistoryEntries, MatchEntries, UserRecord
-from model.contract.spec import Elapsed, EventStatistic, History, Match, Numeric, RawValue, Schema
-from model.logs import integral_ids, read_table, same_type, unix_seconds
+from model.contract.ids import canonical_id, canonical_ids, hash_id, hash_ids
+from model.contract.record import HistoryEntries, MatchEntries, RecentEntries, UserRecord
+from model.contract.spec import (
+    Elapsed,
+    EventStatistic,
+    History,
+    Match,
+    Numeric,
+    RawValue,
+    Recent,
+    Schema,
+    raw_columns,
+)
+from model.item_statistics import item_totals, item_values
+from model.logs import (
+    EVENT,
+    ITEM,
+    KEY,
+    TIME,
+    USER,
+    integral_ids,
+    read_table,
+    same_type,
+    unix_seconds,
+)
 
 Floats = npt.NDArray[np.float64]
-USER, ITEM, TIME, EVENT, KEY = "_user", "_item", "_time", "_event", "_key"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +68,8 @@ class Tables:
             raw = read_table(events)
             _require(raw, (log.user_id, log.item_id, log.time, "event"), events)
             columns = {s.column for s in _statistics(schema) if s.column is not None}
+            for recent in _recents(schema):
+                columns |= {c for c in (recent.column, recent.context) if c is not None}
             _require(raw, sorted(columns), events)
             event_frame = raw.with_columns(
                 integral_ids(raw[log.user_id], path=events).alias(USER),
@@ -68,6 +91,7 @@ class AsOf:
         self.schema = schema
         self.tables = tables
         self._totals: dict[tuple[str, tuple[str, ...]], pl.DataFrame] = {}
+        self._item_totals: dict[tuple[str | None, ...], pl.DataFrame] = {}
 
     def attribute_rows(
         self, table: pl.DataFrame, on: str, ids: pl.Series, time: Floats
@@ -105,23 +129,49 @@ class AsOf:
         return self._user_value(statistic, found)
 
     def item_statistic(self, statistic: EventStatistic, keys: pl.Series, time: Floats) -> Floats:
-        """One statistic of each row's attribute value over the last whole periods, float64 [n]."""
-        period = np.floor(
-            (time - self.schema.availability_lag_s - self.schema.period_start)
-            / (self.schema.period_days * 86400.0)
-        ).astype(np.int64)
-        left = pl.DataFrame({KEY: keys, "_period": period})
-        windows = self._windows(statistic)
-        left, windows = same_type(left, windows, KEY)
-        found = left.join(windows, on=[KEY, "_period"], how="left", maintain_order="left")
-        if statistic.aggregate == "mean":
-            return _float(found["_sum"] / found["_count"])
-        count = _float(found["_count"].fill_null(0))
-        return np.where(keys.is_null().to_numpy(), np.nan, count)
+        """One statistic of each row's attribute value as of its time, float64 [n]."""
+        key = (statistic.event, statistic.aggregate, statistic.column, statistic.attribute)
+        if key not in self._item_totals:
+            keyed = self._keyed(str(statistic.attribute), (statistic.event,))
+            self._item_totals[key] = item_totals(keyed, statistic, schema=self.schema)
+        return item_values(self._item_totals[key], statistic, keys, time, schema=self.schema)
 
     def history(self, feature: History, log: pl.DataFrame) -> Ragged:
         """The newest events' values of each row's user, newest first."""
         events = self._keyed(feature.of, feature.events).sort(USER, TIME, maintain_order=True)
+        rows, offsets = self._newest(events, log, feature.max_length)
+        return Ragged(
+            values=events[KEY].gather(rows).to_list(),
+            times=events[TIME].to_numpy()[rows],
+            offsets=offsets,
+        )
+
+    def recent(self, feature: Recent, log: pl.DataFrame) -> dict[str, Ragged]:
+        """The newest events' numbers, times and context keys, by raw column name, newest first."""
+        events = self._events(feature.events)
+        events = events.filter(pl.col(feature.column).is_not_null())
+        events = events.sort(USER, TIME, maintain_order=True)
+        rows, offsets = self._newest(events, log, feature.max_length)
+        times = events[TIME].to_numpy()[rows]
+
+        def ragged(values: npt.NDArray[Any]) -> Ragged:  # Any: numbers, or keys as uint64
+            return Ragged(values=values[rows], times=times, offsets=offsets)
+
+        # As the record holds them: whole seconds and float32, so that both sides see equal numbers.
+        times = np.floor(times)
+        names = raw_columns(feature)
+        columns = {names[0]: ragged(events[feature.column].cast(pl.Float32).to_numpy())}
+        if feature.context is not None:
+            context = events[feature.context]
+            hashes = {v: hash_id(canonical_id(v)) for v in context.unique().to_list()}
+            keys = np.fromiter((hashes[v] for v in context.to_list()), np.uint64, len(context))
+            columns[names[2]] = ragged(keys)
+        return columns
+
+    def _newest(
+        self, events: pl.DataFrame, log: pl.DataFrame, max_length: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Rows of `events` (by user, then time) before each log row, newest first, and offsets."""
         running = events.select(
             USER,
             TIME,
@@ -132,15 +182,10 @@ class AsOf:
         found = self._last_before(running, log)
         end = found["_end"].fill_null(0).to_numpy().astype(np.int64)
         count = found["_count"].fill_null(0).to_numpy().astype(np.int64)
-        lengths = np.minimum(count, feature.max_length)
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        lengths = np.minimum(count, max_length)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-        rows = np.repeat(end, lengths) - 1 - place
-        return Ragged(
-            values=events[KEY].gather(rows).to_list(),
-            times=events[TIME].to_numpy()[rows],
-            offsets=offsets.astype(np.int64),
-        )
+        return np.repeat(end, lengths) - 1 - place, offsets
 
     def item_snapshot(self, as_of: float) -> pl.DataFrame:
         """Every item's raw features as of a time: what the service's item table is made from."""
@@ -176,6 +221,7 @@ class AsOf:
         histories = {
             f.name: self.history(f, log) for f in self.schema.features if isinstance(f, History)
         }
+        recents = {f.name: self.recent(f, log) for f in _recents(self.schema)}
         for i, user in enumerate(known.to_list()):
             yield (
                 user,
@@ -189,6 +235,9 @@ class AsOf:
                         name: _entries(ragged, i)
                         for name, ragged in histories.items()
                         if ragged.offsets[i] < ragged.offsets[i + 1]
+                    },
+                    recents={
+                        name: _recent_entries(columns, i) for name, columns in recents.items()
                     },
                 ),
             )
@@ -213,7 +262,7 @@ class AsOf:
         if users is not None:
             rows = self.attribute_rows(users, self.schema.log.user_id, _user_ids(log, self), time)
         for feature in self.schema.features:
-            if feature.scope != "user" or isinstance(feature, History):
+            if feature.scope != "user" or isinstance(feature, History | Recent):
                 continue
             statistic = getattr(feature, "statistic", None)
             if statistic is not None:
@@ -325,35 +374,6 @@ class AsOf:
             return _float(found["_last"])
         return _float(found["_sum"] / found["_given"])
 
-    def _windows(self, statistic: EventStatistic) -> pl.DataFrame:
-        """Counts and sums per attribute value and period, over the periods before it."""
-        assert statistic.attribute is not None
-        assert statistic.whole_periods is not None
-        events = self._keyed(statistic.attribute, (statistic.event,))
-        seconds = self.schema.period_days * 86400.0
-        value = pl.col(statistic.column) if statistic.column is not None else pl.lit(1.0)
-        per_period = (
-            events.with_columns(
-                ((pl.col(TIME) - self.schema.period_start) / seconds)
-                .floor()
-                .cast(pl.Int64)
-                .alias("_period"),
-                value.alias("_value"),
-            )
-            .filter(pl.col("_value").is_not_null())
-            .group_by(KEY, "_period")
-            .agg(pl.len().alias("_count"), pl.col("_value").sum().alias("_sum"))
-        )
-        shifted = [
-            per_period.with_columns(pl.col("_period") + ahead)
-            for ahead in range(1, statistic.whole_periods + 1)
-        ]
-        # Sorted before summing: the order of floating-point additions must not depend on threads.
-        stacked = pl.concat(shifted).sort(KEY, "_period", "_count", "_sum")
-        return stacked.group_by(KEY, "_period", maintain_order=True).agg(
-            pl.col("_count", "_sum").sum()
-        )
-
     def _last_before(self, running: pl.DataFrame, log: pl.DataFrame) -> pl.DataFrame:
         """The running row strictly before each log row's time less the lag, in the log's order."""
         by = [USER, KEY] if KEY in running.columns else [USER]
@@ -379,6 +399,10 @@ def _statistics(schema: Schema) -> Iterator[EventStatistic]:
     for feature in schema.features:
         if isinstance(feature, Numeric | Elapsed) and feature.statistic is not None:
             yield feature.statistic
+
+
+def _recents(schema: Schema) -> list[Recent]:
+    return [feature for feature in schema.features if isinstance(feature, Recent)]
 
 
 def _matches(schema: Schema) -> list[Match]:
@@ -419,6 +443,16 @@ def _entries(ragged: Ragged, i: int) -> HistoryEntries:
     assert isinstance(values, list)
     return HistoryEntries(
         ids=tuple(values[start:stop]), times=ragged.times[start:stop].astype(np.int64)
+    )
+
+
+def _recent_entries(columns: dict[str, Ragged], i: int) -> RecentEntries:
+    events, *keys = columns.values()
+    part = slice(int(events.offsets[i]), int(events.offsets[i + 1]))
+    return RecentEntries(
+        values=np.asarray(events.values, np.float32)[part],
+        times=events.times[part].astype(np.int64),
+        keys=np.asarray(keys[0].values if keys else [], np.uint64)[part],
     )
 
 

@@ -16,6 +16,8 @@ from model.contract.ids import canonical_ids, hash_ids
 from model.contract.spec import Schema
 
 SPLITS = ("train", "validation", "calibration", "test")
+# Columns added beside those of a table: who, what, when, which event, which value of an attribute.
+USER, ITEM, TIME, EVENT, KEY = "_user", "_item", "_time", "_event", "_key"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,8 @@ from model.contract.errors import LogError
 from model.contract.ids import canonical_id
 from model.contract.record import pack_record
 from model.contract.spec import load_schema
-from model.history import TIME, AsOf, Tables
+from model.history import AsOf, Tables
+from model.logs import TIME
 
 RECORDS, ITEMS = "records.parquet", "items.parquet"
 MAX_KEYS = 4096  # per user and match feature, the newest; 20 bytes each

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from model.config import OptimizerConfig, TrainConfig
 from model.contract.blocks import Blocks
-from model.contract.encode import Encoder, StoreColumns
+from model.contract.encode import Encoder
 from model.contract.errors import TrainError
 from model.contract.spec import FIRST_CODE, UNKNOWN_CODE, Categorical
+from model.contract.store_columns import StoreColumns
 from model.criterion import Criterion
 from model.dataset import EncodedData, EncodedSplit
 from model.metrics import chain_metrics, space_names
@@ -167,7 +168,7 @@ class _Run:
         self.criterion = Criterion(config, self.net, step_rates=_base_rates(self._train))
         self.optimizer = _make_optimizer(self.net, self.criterion, config.optimizer)
         encoder = Encoder(data.fitted)
-        self._stored = encoder.store_columns()
+        self._stored = StoreColumns.of(encoder)
         self._vocabulary_columns = np.array(
             [
                 j

@@ -14,8 +14,8 @@ from model.contract.columns import Column, Columns, Dictionary, Floats, Ragged, 
 from model.contract.encode import Encoder
 from model.contract.errors import EncodeError, RecordError
 from model.contract.ids import canonical_id
-from model.contract.record import HistoryEntries, Keys, UserRecord, look_up
-from model.contract.spec import Feature, History, Match, raw_columns
+from model.contract.record import HistoryEntries, Keys, RecentEntries, UserRecord, look_up
+from model.contract.spec import Feature, History, Match, Recent, raw_columns
 from service.errors import InvalidRequest
 from service.items import ItemTable
 
@@ -89,10 +89,11 @@ class FeatureSource:
         schema = encoder.schema
         given = [f for f in schema.features if f.source != "log_only"]
         self._context_columns = _columns_of(f for f in given if f.scope == "context")
-        self._user_columns = _columns_of(f for f in given if f.scope == "user")
-        self._stored_columns = _columns_of(
-            f for f in given if f.scope == "user" and f.source == "store"
-        )
+        self._recents = {f.name: f for f in given if isinstance(f, Recent)}
+        # Recent events come from the record only.
+        users = [f for f in given if f.scope == "user" and not isinstance(f, Recent)]
+        self._user_columns = _columns_of(users)
+        self._stored_columns = _columns_of(f for f in users if f.source == "store")
         self._histories = {f.name for f in given if isinstance(f, History)}
         self._candidate_columns = _columns_of(
             f for f in given if not f.is_request_side and not isinstance(f, Match)
@@ -171,6 +172,9 @@ class FeatureSource:
         for name, entries in record.histories.items():
             if name in self._histories and name in self._stored_columns:
                 columns[name] = _stored_history(entries)
+        for name, recent in record.recents.items():
+            if name in self._recents:
+                columns |= _stored_recent(self._recents[name], recent)
 
     def _request_block(
         self, columns: Columns, origins: Mapping[str, str], time: float
@@ -318,6 +322,18 @@ def _stored_history(entries: HistoryEntries) -> Ragged:
         times=entries.times.astype(np.float64),
         offsets=np.array([0, len(entries.ids)], np.int64),
     )
+
+
+def _stored_recent(feature: Recent, entries: RecentEntries) -> dict[str, Column | Ragged]:
+    times = entries.times.astype(np.float64)
+    offsets = np.array([0, len(times)], np.int64)
+    names = raw_columns(feature)
+    columns: dict[str, Column | Ragged] = {
+        names[0]: Ragged(values=entries.values, times=times, offsets=offsets)
+    }
+    if feature.context is not None and len(entries.keys):
+        columns[names[2]] = Ragged(values=entries.keys, times=times, offsets=offsets)
+    return columns
 
 
 def _compact(values: Sequence[object], *, is_id: bool) -> Column:

@@ -16,6 +16,7 @@ from model.contract.spec import (
     History,
     Match,
     Numeric,
+    Recent,
     Schema,
     TimePart,
 )
@@ -75,9 +76,9 @@ class Blocks:
 class BlockLayout:
     """Which features stand in which columns of one block.
 
-    Dense columns: a value for every numeric and elapsed feature, then the count of every match,
-    then its days, then a missing flag for every numeric and elapsed feature, then one for every
-    match.
+    Dense columns: a value for every numeric and elapsed feature and every statistic of a recent
+    one, then the count of every match, then its days, then a missing flag for each of the former,
+    then one for every match.
     """
 
     ids: tuple[str, ...]
@@ -108,13 +109,19 @@ class BlockLayout:
         return sum(history.max_length for history in self.histories)
 
 
+def _numeric_columns(feature: Feature) -> tuple[str, ...]:
+    if isinstance(feature, Recent):
+        return feature.statistics
+    return (feature.name,) if isinstance(feature, Numeric | Elapsed) else ()
+
+
 def layouts(schema: Schema) -> tuple[BlockLayout, BlockLayout]:
     """The request block's layout and the candidate block's."""
 
     def layout(features: Sequence[Feature]) -> BlockLayout:
         return BlockLayout(
             ids=tuple(f.name for f in features if isinstance(f, Categorical | Hashed | TimePart)),
-            numerics=tuple(f.name for f in features if isinstance(f, Numeric | Elapsed)),
+            numerics=tuple(name for f in features for name in _numeric_columns(f)),
             matches=tuple(f.name for f in features if isinstance(f, Match)),
             histories=tuple(f for f in features if isinstance(f, History)),
         )

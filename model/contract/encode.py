@@ -8,7 +8,6 @@ own.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from zoneinfo import ZoneInfo
 
@@ -28,6 +27,7 @@ from model.contract.columns import (
 )
 from model.contract.errors import EncodeError
 from model.contract.ids import NO_KEY, canonical_id, hash_id
+from model.contract.recent import RecentColumn, recent_statistics
 from model.contract.spec import (
     FIRST_CODE,
     MISSING_CODE,
@@ -40,10 +40,10 @@ from model.contract.spec import (
     History,
     Match,
     Numeric,
+    Recent,
     TimePart,
 )
-
-SECONDS_PER_DAY = 86400.0
+from model.contract.times import SECONDS_PER_DAY
 
 
 class Encoder:
@@ -58,6 +58,7 @@ class Encoder:
         self.schema = fitted.schema_
         self.request_layout, self.candidate_layout = layouts(self.schema)
         self._features = {feature.name: feature for feature in self.schema.features}
+        self._recents = [f for f in self.schema.features if isinstance(f, Recent)]
         self._vocabularies = {
             name: {value: FIRST_CODE + i for i, value in enumerate(values)}
             for name, values in fitted.vocabularies.items()
@@ -92,6 +93,7 @@ class Encoder:
             EncodeError: a value does not fit its feature.
         """
         layout, num_rows = self.request_layout, len(time)
+        columns = self.with_recent_statistics(columns, time=time)
         ids, dense = _tile(self._request_default, num_rows)
         self._write(layout, self._request_moments, ids, dense, columns, time)
         if any(isinstance(self._features[name], TimePart) for name in layout.ids):
@@ -169,6 +171,35 @@ class Encoder:
         both = np.concatenate([counts, days], axis=1)
         return np.log1p(np.where(np.concatenate([present, present], axis=1), both, np.nan))
 
+    def with_recent_statistics(self, columns: Columns, *, time: Floats) -> Columns:
+        """The columns, and beside them those of every recent feature whose events are given."""
+        made: dict[str, Column | Ragged] = dict(columns)
+        for feature in self._recents:
+            events = columns.get(feature.name)
+            if events is None:
+                continue
+            keys, here = None, None
+            if feature.context is not None:
+                keys = self._recent_keys(feature, columns)
+                here = self._hashes(feature.context, columns.get(feature.context), len(time))
+            ragged = as_ragged(feature.name, events, columns.get(f"{feature.name}_time"))
+            values = numbers(feature.name, ragged.values)
+            if not (values >= 0).all():
+                raise EncodeError(feature.name, "expected numbers of 0 or more")
+            numeric = Ragged(
+                values=values,
+                times=ragged.times,
+                offsets=ragged.offsets,
+            )
+            made |= recent_statistics(
+                feature,
+                RecentColumn(events=numeric, keys=keys),
+                time=time,
+                utc_offset=self._utc_offsets(time),
+                here=here,
+            )
+        return made
+
     def transform_numerics(
         self, layout: BlockLayout, columns: Columns, *, time: Floats | None
     ) -> tuple[list[int], Floats]:
@@ -196,10 +227,27 @@ class Encoder:
             if column is None:
                 continue
             if attribute not in hashes:
-                hashed = map_ids(attribute, column, lambda v: hash_id(canonical_id(v)), null=NO_KEY)
-                hashes[attribute] = hashed.view(np.uint64)
+                hashes[attribute] = self._hashes(attribute, column, num_rows)
             keys[:, j] = hashes[attribute]
         return keys
+
+    def _recent_keys(self, feature: Recent, columns: Columns) -> npt.NDArray[np.uint64] | None:
+        name = f"{feature.name}_{feature.context}"
+        column = columns.get(name)
+        if column is None:
+            return None
+        if isinstance(column, Ragged):
+            return np.asarray(column.values, np.uint64)  # hashed already: from events or a record
+        ragged = as_ragged(name, column, None)
+        return self._hashes(name, ragged.values, len(ragged.times))
+
+    def _hashes(
+        self, name: str, column: Column | Ragged | None, num_rows: int
+    ) -> npt.NDArray[np.uint64]:
+        if column is None:
+            return np.full(num_rows, NO_KEY, np.uint64)
+        hashed = map_ids(name, column, lambda v: hash_id(canonical_id(v)), null=NO_KEY)
+        return hashed.view(np.uint64)
 
     def encode_ids(self, name: str, column: Column | Ragged) -> Ids:
         """Codes of one categorical or hashed feature, int64 [n]."""
@@ -224,10 +272,6 @@ class Encoder:
                 return vocabulary.get(canonical, UNKNOWN_CODE)
 
         return map_ids(name, column, code, null=code(None))
-
-    def store_columns(self) -> "StoreColumns":
-        """Where values from the online store stand, and what stands there without a record."""
-        return StoreColumns.of(self)
 
     def _write(
         self,
@@ -256,7 +300,9 @@ class Encoder:
         return None if name in self._fixed else columns.get(name)
 
     def _transform_numeric(self, name: str, raw: Floats, time: Floats | None) -> Floats:
-        feature = self._features[name]
+        feature = self._features.get(name)
+        if feature is None:  # a statistic of a recent feature, ready as it is
+            return raw
         if isinstance(feature, Elapsed):
             if time is None:
                 return np.full(len(raw), np.nan)
@@ -296,7 +342,7 @@ class Encoder:
         dense[:, flags] = (1.0 - mean[flags]) / std[flags]
         columns: dict[str, Column] = {}
         for name in (*layout.ids, *layout.numerics):
-            value = getattr(self._features[name], "default", None)
+            value = getattr(self._features.get(name), "default", None)
             if name in self._fixed:
                 value = self._features[name].serving_value  # type: ignore[union-attr]  # log_only features have one
             if value is not None:
@@ -321,49 +367,6 @@ class Encoder:
         return offset.total_seconds()
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoreColumns:
-    """Columns filled from the user record, with the values they have when there is none.
-
-    Attributes:
-        request_ids: positions in the request block's ids; `request_id_values` int64, their codes.
-        request_dense: positions in its dense columns; `request_dense_values` float32.
-        request_history: positions in its history columns; padding without a record.
-        candidate_dense: positions in the candidate block's dense columns, with their values.
-    """
-
-    request_ids: Ids
-    request_id_values: Ids
-    request_dense: Ids
-    request_dense_values: Dense
-    request_history: Ids
-    candidate_dense: Ids
-    candidate_dense_values: Dense
-
-    @classmethod
-    def of(cls, encoder: Encoder) -> "StoreColumns":
-        """Finds them by encoding a request of which nothing is known."""
-        schema = encoder.schema
-        stored = {f.name for f in schema.features if f.source == "store"}
-        request, candidate = encoder.request_layout, encoder.candidate_layout
-        no_time = np.zeros(1)
-        empty = encoder.request_block({}, time=no_time)
-        empty_candidate = encoder.candidate_block({}, time=no_time)
-        request_ids = _positions(request.ids, stored)
-        request_dense = _dense_positions(request, stored)
-        candidate_dense = _dense_positions(candidate, stored)
-        history = [h.name for h in request.histories for _ in range(h.max_length)]
-        return cls(
-            request_ids=request_ids,
-            request_id_values=empty.ids[0, request_ids],
-            request_dense=request_dense,
-            request_dense_values=empty.dense[0, request_dense],
-            request_history=_positions(history, stored),
-            candidate_dense=candidate_dense,
-            candidate_dense_values=empty_candidate.dense[0, candidate_dense],
-        )
-
-
 def _time_part(part: str, local: Floats) -> Ids:
     if part == "hour":
         return (np.floor(local / 3600.0) % 24).astype(np.int64)
@@ -381,18 +384,3 @@ def _moments(fitted: FittedSchema, layout: BlockLayout) -> tuple[Floats, Floats]
 def _tile(row: tuple[Ids, Dense], num_rows: int) -> tuple[Ids, Dense]:
     ids, dense = row
     return np.repeat(ids, num_rows, axis=0), np.repeat(dense, num_rows, axis=0)
-
-
-def _positions(names: Sequence[str], wanted: set[str]) -> Ids:
-    return np.array([j for j, name in enumerate(names) if name in wanted], np.int64)
-
-
-def _dense_positions(layout: BlockLayout, wanted: set[str]) -> Ids:
-    owners = (
-        *layout.numerics,
-        *layout.matches,
-        *layout.matches,
-        *layout.numerics,
-        *layout.matches,
-    )
-    return _positions(owners, wanted)

@@ -46,6 +46,22 @@ class HistoryEntries:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecentEntries:
+    """A user's newest events of one recent feature, newest first.
+
+    Attributes:
+        values: float32 [k], the number of each.
+        times: int64 [k], unix seconds.
+        keys: uint64 [k], `hash_id` of each one's context value, NO_KEY for none; empty without a
+            context.
+    """
+
+    values: npt.NDArray[np.float32]
+    times: Times
+    keys: Keys
+
+
+@dataclass(frozen=True, kw_only=True)
 class UserRecord:
     """One user's record.
 
@@ -54,12 +70,14 @@ class UserRecord:
         features: scalar raw values by raw column name; times as unix seconds.
         matches: by match feature name.
         histories: by history feature name.
+        recents: by recent feature name.
     """
 
     updated_at: float
     features: Mapping[str, RawValue] = field(default_factory=dict)
     matches: Mapping[str, MatchEntries] = field(default_factory=dict)
     histories: Mapping[str, HistoryEntries] = field(default_factory=dict)
+    recents: Mapping[str, RecentEntries] = field(default_factory=dict)
 
 
 class _WireMatch(msgspec.Struct):
@@ -73,12 +91,19 @@ class _WireHistory(msgspec.Struct):
     times: bytes
 
 
+class _WireRecent(msgspec.Struct):
+    values: bytes
+    times: bytes
+    keys: bytes
+
+
 class _WireRecord(msgspec.Struct):
     record_version: int
     updated_at: float
     features: dict[str, str | int | float | None] = {}
     matches: dict[str, _WireMatch] = {}
     histories: dict[str, _WireHistory] = {}
+    recents: dict[str, _WireRecent] | msgspec.UnsetType = msgspec.UNSET
 
 
 class _WireVersion(msgspec.Struct):
@@ -101,6 +126,8 @@ def pack_record(record: UserRecord) -> bytes:
     for name, history in record.histories.items():
         if len(history.ids) != len(history.times):
             raise RecordError(f"history {name!r}: ids and times differ in length", where=name)
+    for name, recent in record.recents.items():
+        _check_recent(name, recent)
     return _ENCODER.encode(
         _WireRecord(
             record_version=RECORD_VERSION,
@@ -120,6 +147,16 @@ def pack_record(record: UserRecord) -> bytes:
                 )
                 for name, history in record.histories.items()
             },
+            # Left out where there is none: such a record's bytes stay those of earlier releases.
+            recents={
+                name: _WireRecent(
+                    values=entries.values.astype("<f4").tobytes(),
+                    times=entries.times.astype("<i8").tobytes(),
+                    keys=entries.keys.astype("<u8").tobytes(),
+                )
+                for name, entries in record.recents.items()
+            }
+            or msgspec.UNSET,
         )
     )
 
@@ -159,6 +196,14 @@ def unpack_record(data: bytes) -> UserRecord:
             name: HistoryEntries(ids=tuple(entry.ids), times=np.frombuffer(entry.times, "<i8"))
             for name, entry in wire.histories.items()
         }
+        recents = {
+            name: RecentEntries(
+                values=np.frombuffer(recent.values, "<f4"),
+                times=np.frombuffer(recent.times, "<i8"),
+                keys=np.frombuffer(recent.keys, "<u8"),
+            )
+            for name, recent in (wire.recents or {}).items()
+        }
     except ValueError as exc:
         raise RecordError(f"an array's length does not fit its type: {exc}") from exc
     for name, entries in matches.items():
@@ -166,8 +211,14 @@ def unpack_record(data: bytes) -> UserRecord:
     for name, history in histories.items():
         if len(history.ids) != len(history.times):
             raise RecordError(f"history {name!r}: ids and times differ in length", where=name)
+    for name, recent_entries in recents.items():
+        _check_recent(name, recent_entries)
     return UserRecord(
-        updated_at=wire.updated_at, features=wire.features, matches=matches, histories=histories
+        updated_at=wire.updated_at,
+        features=wire.features,
+        matches=matches,
+        histories=histories,
+        recents=recents,
     )
 
 
@@ -188,6 +239,16 @@ def look_up(
     counts[found] = entries.counts[position[found]]
     times[found] = entries.last_times[position[found]]
     return counts, times
+
+
+def _check_recent(name: str, entries: RecentEntries) -> None:
+    if len(entries.values) != len(entries.times) or len(entries.keys) not in (
+        0,
+        len(entries.times),
+    ):
+        raise RecordError(f"recent {name!r}: the arrays differ in length", where=name)
+    if not np.isfinite(entries.values).all() or (entries.values < 0).any():
+        raise RecordError(f"recent {name!r}: a value is no number of 0 or more", where=name)
 
 
 def _check_match(name: str, entries: MatchEntries) -> None:

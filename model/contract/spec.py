@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from model.contract.errors import SpecError
 from model.contract.log_spec import Frozen, LogColumns, Step
@@ -34,15 +41,16 @@ class EventStatistic(Frozen):
 
     Attributes:
         event: which events count.
-        aggregate: their number, the mean of `column`, or the time of the last one.
+        aggregate: their number, the mean of `column`, the time of the last one, or ("users", item
+            statistics only) the number of users who ever had one.
         column: the column averaged; only with `mean`.
         attribute: an item feature; for item statistics, all events of items sharing its value.
         whole_periods: count only so many last whole periods of `period_days`; None counts all
-            before. Item statistics need it: one snapshot then serves a whole period.
+            before. Item statistics but "users" need it: one snapshot then serves a whole period.
     """
 
     event: str
-    aggregate: Literal["count", "mean", "last_time"]
+    aggregate: Literal["count", "mean", "last_time", "users"]
     column: str | None = None
     attribute: str | None = None
     whole_periods: int | None = Field(default=None, ge=1)
@@ -51,6 +59,8 @@ class EventStatistic(Frozen):
     def _check(self) -> Self:
         if (self.aggregate == "mean") != (self.column is not None):
             raise ValueError("'column' is given exactly when aggregate is 'mean'")
+        if self.aggregate == "users" and (self.attribute is None or self.whole_periods is not None):
+            raise ValueError("aggregate 'users' is of an 'attribute', and of all periods before")
         return self
 
 
@@ -152,6 +162,43 @@ class History(_Feature):
     events: tuple[str, ...] = ()
 
 
+class Recent(_Feature):
+    """Numbers about the user's newest events, as of the request: how many, how large, how alike.
+
+    Dense columns `NAME_<statistic>`, see `contract.recent`: within windows of days, at this hour,
+    on this weekday, and, with `context`, where the request is.
+
+    Attributes:
+        events: which events count; empty means all.
+        column: what is averaged, a number of 0 or more per event; log1p is taken.
+        context: a categorical or hashed context feature that the events have as a column, too.
+        windows_days: lengths of the windows.
+        large: an event of at least so much in `column` is a large one; its age is told.
+        max_length: newest events kept.
+    """
+
+    kind: Literal["recent"] = "recent"
+    scope: Literal["user"] = "user"
+    source: Literal["store"] = "store"
+    events: tuple[str, ...] = ()
+    column: str
+    context: str | None = None
+    windows_days: tuple[PositiveInt, ...] = (7, 30, 90)
+    large: float | None = None
+    max_length: int = Field(default=100, ge=2, le=1000)
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Names of the dense columns, in order."""
+        parts = [f"{kind}_{days}" for days in self.windows_days for kind in ("count", "mean")]
+        parts += ["last", "gap", "hour_count", "hour_mean", "weekday_count", "weekday_mean"]
+        if self.large is not None:
+            parts.append("large_days")
+        if self.context is not None:
+            parts += ["here_count", "here_mean", "here_days"]
+        return tuple(f"{self.name}_{part}" for part in parts)
+
+
 class Match(_Feature):
     """How often, and how many days ago, the user's events had the candidate's value of `attribute`.
 
@@ -182,7 +229,7 @@ class Match(_Feature):
 
 
 Feature = Annotated[
-    Categorical | Hashed | Numeric | TimePart | Elapsed | History | Match,
+    Categorical | Hashed | Numeric | TimePart | Elapsed | History | Recent | Match,
     Field(discriminator="kind"),
 ]
 
@@ -246,12 +293,21 @@ class Schema(Frozen):
                     f"feature {feature.name!r}: 'of' must name a categorical or hashed feature, "
                     f"not {feature.of!r}"
                 )
+        elif isinstance(feature, Recent) and feature.context is not None:
+            context = named.get(feature.context)
+            if not isinstance(context, Categorical | Hashed) or context.scope != "context":
+                raise ValueError(
+                    f"feature {feature.name!r}: 'context' must name a categorical or hashed "
+                    f"context feature, not {feature.context!r}"
+                )
         elif isinstance(feature, Match):
             self._check_attribute(feature.name, feature.attribute)
         elif isinstance(feature, Numeric | Elapsed) and feature.statistic is not None:
             statistic = feature.statistic
             if feature.scope == "item":
-                if statistic.attribute is None or statistic.whole_periods is None:
+                if statistic.attribute is None or (
+                    statistic.whole_periods is None and statistic.aggregate != "users"
+                ):
                     raise ValueError(
                         f"feature {feature.name!r}: an item statistic needs 'attribute' and "
                         "'whole_periods'"
@@ -336,6 +392,9 @@ def raw_columns(feature: Feature) -> tuple[str, ...]:
         return ()
     if isinstance(feature, History):
         return (feature.name, f"{feature.name}_time")
+    if isinstance(feature, Recent):
+        context = () if feature.context is None else (f"{feature.name}_{feature.context}",)
+        return (feature.name, f"{feature.name}_time", *context)
     return (feature.name,)
 
 

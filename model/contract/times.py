@@ -8,6 +8,9 @@ from model.contract.errors import EncodeError
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)")
 
 
+SECONDS_PER_DAY = 86400.0
+
+
 def parse_time(text: str, *, field: str = "time") -> float:
     """Unix seconds of an RFC 3339 time.
 

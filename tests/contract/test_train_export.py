@@ -25,6 +25,7 @@ from model.contract.encode import Encoder
 from model.contract.errors import GateError, LogError, ParityError, SpecError, TrainError
 from model.contract.record import look_up, pack_record, unpack_record
 from model.contract.spec import FIRST_CODE, FittedSchema, load_schema, parse_schema
+from model.contract.store_columns import StoreColumns
 from model.dataset import EncodedData, EncodedSplit, load_data
 from model.evaluate import calibrate_run, evaluate_run
 from model.export import ScoringGraph, check_parity, export_bundle, make_session, to_onnx
@@ -432,7 +433,7 @@ def test_evaluation_without_records_loses_what_they_tell(trained: Trained) -> No
 def test_scoring_without_records_ignores_what_is_stored(trained: Trained) -> None:
     """Two requests that differ in their record only score alike without it."""
     split = trained.data.splits["test"]
-    stored = trained.encoder.store_columns()
+    stored = StoreColumns.of(trained.encoder)
     spoilt = replace(
         split,
         request_ids=split.request_ids.copy(),

@@ -56,7 +56,7 @@ def make(
     config = TrainConfig.model_validate(
         {"data": {"impressions": "x", "schema_file": "y"}, "objective": objective}
     )
-    options = {"outputs": outputs, "widths": [8, WIDTH], "head": 4, "embedding": 4}
+    options = {"outputs": outputs, "widths": [8, WIDTH], "head": WIDTH, "embedding": 4}
     torch.manual_seed(0)
     spec = replace(SPEC, num_steps=len(rates))
     net = build_net("shared_bottom", spec=spec, options=options)

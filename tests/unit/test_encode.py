@@ -11,6 +11,7 @@ from model.contract.encode import Encoder
 from model.contract.errors import EncodeError
 from model.contract.ids import NO_KEY
 from model.contract.spec import FittedSchema, Moments, parse_schema
+from model.contract.store_columns import StoreColumns
 from model.contract.times import parse_time
 
 ENCODER = Encoder(tiny.fitted_schema())
@@ -503,7 +504,7 @@ def test_store_columns_turn_a_row_into_one_without_a_record() -> None:
         for part, value in (("count", 3), ("last_time", NOON - DAY))
     }
     known = {"item_id": ["123"], "brand": ["acme"], "price": [2.5], "discount": [0.5]}
-    columns = ENCODER.store_columns()
+    columns = StoreColumns.of(ENCODER)
 
     request = requests(**stored, **asked)
     request.ids[:, columns.request_ids] = columns.request_id_values

@@ -14,7 +14,8 @@ from model.contract.errors import LogError
 from model.contract.ids import canonical_ids, hash_ids
 from model.contract.record import UserRecord, look_up, pack_record, unpack_record
 from model.contract.spec import EventStatistic, FittedSchema, History, Match, Schema, parse_schema
-from model.history import TIME, USER, AsOf, Tables
+from model.history import AsOf, Tables
+from model.logs import TIME, USER
 
 DAY = 86_400
 PERIOD_START = 7_200
