@@ -225,7 +225,7 @@ def build_events(trips: pl.DataFrame, *, lines: pl.DataFrame) -> pl.DataFrame:
 
     A purchase takes its basket's first time stamp, so that the lines of a basket and its trip
     happen at one instant. price is for one unit, null where the quantity is 0 (and the unit of
-    loose goods and fuel is the source's own); lines and value are the trip's.
+    loose goods and fuel is the source's own); store_id, lines and value are the trip's.
     """
     price = pl.col("sales_value") / pl.col("quantity")
     at_trip = trips.select("request_id", "time")
@@ -237,7 +237,8 @@ def build_events(trips: pl.DataFrame, *, lines: pl.DataFrame) -> pl.DataFrame:
         "time",
         pl.when(pl.col("quantity") != 0).then(price).alias("price"),
     )
-    visits = trips.select("user_id", pl.lit("trip").alias("event"), "time", "lines", "value")
+    event = pl.lit("trip").alias("event")
+    visits = trips.select("user_id", event, "time", "store_id", "lines", "value")
     events = pl.concat([purchases, visits], how="diagonal")  # what the other lacks is null
     return events.sort("time", "user_id", maintain_order=True)
 
