@@ -99,7 +99,7 @@ def load_data(config: TrainConfig, *, cache: Path, progress: Progress) -> Encode
         SpecError, LogError, EncodeError: the schema or a table is at fault.
     """
     schema = load_schema(config.data.schema_file)
-    directory = cache / _cache_key(config, schema)
+    directory = cache / cache_key(config, schema)
     if (directory / "done").exists():
         progress("reading the encoded impressions")
         return _read_cache(directory)
@@ -353,7 +353,12 @@ def _report(
     }
 
 
-def _cache_key(config: TrainConfig, schema: Schema) -> str:
+def cache_key(config: TrainConfig, schema: Schema) -> str:
+    """Names what the encoded data are made of: schema, split and the content of the tables.
+
+    Raises:
+        LogError: a table cannot be read.
+    """
     files = {
         name: _file_digest(path)
         for name, path in config.data
@@ -392,10 +397,12 @@ def _write_cache(directory: Path, data: EncodedData) -> None:
 
 
 def _read_cache(directory: Path) -> EncodedData:
+    """The arrays are mapped, read-only: processes that train side by side share their pages."""
     splits = {
         name: EncodedSplit(
             **{
-                field: np.load(directory / f"{name}.{field}.npy")
+                # A plain array: memmap's subclass slows every small slice down.
+                field: np.asarray(np.load(directory / f"{name}.{field}.npy", mmap_mode="r"))
                 for field in EncodedSplit.__dataclass_fields__
             }
         )

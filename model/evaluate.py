@@ -3,8 +3,9 @@
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from model.calibrate import calibrated_probabilities, fit_calibrators
+from model.calibrate import Calibrator, calibrated_probabilities, fit_calibrators
 from model.config import TrainConfig
 from model.contract.encode import Encoder
 from model.contract.spec import Schema
@@ -15,14 +16,21 @@ from model.run import Run
 from model.train import predict
 
 
-def calibrate_run(net: Net, data: EncodedData, config: TrainConfig) -> list[Any]:
+def calibrate_run(net: Net, data: EncodedData, config: TrainConfig) -> list[Calibrator]:
     """Calibrators fitted on the calibration split, which nothing else was fitted or chosen on."""
+    return calibrate_logits(predict(net, data.splits["calibration"]), data, config)
+
+
+def calibrate_logits(
+    logits: npt.NDArray[np.float32], data: EncodedData, config: TrainConfig
+) -> list[Calibrator]:
+    """Calibrators of any model's step logits [N, T] of the calibration split."""
     split = data.splits["calibration"]
     methods = config.calibration.methods
     if any(f.source == "log_only" for f in data.fitted.schema_.features):
         # At its serving value a position says something else than the rows were logged at.
         methods = tuple(name for name in methods if name != "identity") or methods
-    return fit_calibrators(predict(net, split), split.labels, user=split.user, methods=methods)
+    return fit_calibrators(logits, split.labels, user=split.user, methods=methods)
 
 
 def evaluate_run(run: Run, data: EncodedData) -> dict[str, Any]:
