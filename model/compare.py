@@ -62,7 +62,10 @@ class Arm(_Section):
 
 
 class Grid(_Section):
-    """Every architecture with every objective, as arms named `architecture+objective`."""
+    """Every architecture with every objective, as arms named `architecture+objective`.
+
+    Each architecture has its default options: the base configuration's are of one architecture.
+    """
 
     architectures: tuple[str, ...] = Field(min_length=1)
     objectives: tuple[str, ...] = Field(min_length=1)
@@ -72,7 +75,11 @@ class Grid(_Section):
         return [
             Arm(
                 name=f"{architecture}+{objective}",
-                overrides=(f"net.architecture={architecture}", f"objective.name={objective}"),
+                overrides=(
+                    f"net.architecture={architecture}",
+                    "net.options={}",
+                    f"objective.name={objective}",
+                ),
             )
             for architecture in self.architectures
             for objective in self.objectives

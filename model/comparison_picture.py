@@ -1,6 +1,7 @@
 """A comparison's picture: accuracy against cost, the arms that no other one beats joined."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,8 @@ def _draw_panel(panel: Any, summary: Summary, metric: str) -> None:  # Any: matp
 
 
 def _leads(value: float) -> bool:
-    """Minor ticks of a log axis that have a number: 2 and 5."""
-    return round(value / 10 ** np.floor(np.log10(value))) in (2, 5)
+    """Minor ticks of a log axis that have a number."""
+    return round(value / 10 ** np.floor(np.log10(value))) in (2, 3, 5, 7)
 
 
 def _place_names(
@@ -87,16 +88,20 @@ def _place_names(
     kept: Sequence[str],
     canvas: Any,  # Any: its methods have no types
 ) -> None:
-    """Each name at the nearest place that no dot, bar or other name takes; a line leads to it."""
-    dots, taken = [], []
+    """Each name at the nearest place that no dot, bar, line or other name takes."""
+    taken = []
     for arm in arms:
         estimate = arm.metrics[metric]
         half = estimate.deviation or 0.0
         low, high = panel.transData.transform(
             [(arm.microseconds, estimate.mean - half), (arm.microseconds, estimate.mean + half)]
         )
-        dots.append((low[0], (low[1] + high[1]) / 2))
-        taken.append(Bbox([[low[0] - 6, min(low[1], dots[-1][1] - 6)], [low[0] + 6, high[1] + 6]]))
+        taken.append(Bbox([[low[0] - 6, low[1] - 6], [low[0] + 6, high[1] + 6]]))
+    at = {arm.name: (arm.microseconds, arm.metrics[metric].mean) for arm in arms}
+    corners = panel.transData.transform([at[name] for name in kept])
+    for start, stop in pairwise(corners):
+        for point in np.linspace(start, stop, 60):
+            taken.append(Bbox([point - 2, point + 2]))
     legend = panel.get_legend()
     if legend is not None:
         taken.append(legend.get_window_extent())

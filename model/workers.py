@@ -78,7 +78,7 @@ class _Processes:
                 return "stopped"
         if code and error is None:
             error = _last_line(log) or f"the process ended with code {code}"
-        if not code:
+        if not code or not log.stat().st_size:
             log.unlink()
         self._report.on_end(task, time.monotonic() - started, error)
         return error
