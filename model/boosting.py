@@ -269,7 +269,6 @@ def _data_sets(
                 plan.matrix(data.splits[name], rows),
                 label,
                 weight=weight,
-                feature_name=list(plan.names),
                 categorical_feature=plan.categorical,
                 reference=sets[0] if sets else None,
                 # Else min_data_in_leaf could not change between trials.
