@@ -174,7 +174,8 @@ def read_json(path: Path) -> dict[str, Any] | None:  # Any: JSON
 def read_draws(path: Path) -> DrawnMetrics | None:
     """The kept draws of a run; None where there are none, or the file is damaged."""
     try:
-        with np.load(path) as kept:
+        # Opened here: numpy leaves a damaged file open.
+        with path.open("rb") as file, np.load(file) as kept:
             return DrawnMetrics(names=tuple(kept["draw_names"].tolist()), values=kept["draws"])
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return None

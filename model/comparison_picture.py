@@ -25,7 +25,7 @@ OFFSETS = tuple(
 
 def draw_frontier(summary: Summary, path: Path) -> None:
     """Writes a PNG with a panel per cumulative step; arms without a measured cost are left out."""
-    metrics = list(summary.frontier)
+    metrics = [metric for metric, kept in summary.frontier.items() if kept]
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(6.6 * len(metrics), 5.2), dpi=130, layout="constrained")
         canvas: Any = FigureCanvasAgg(figure)  # Any: its methods have no types
@@ -73,7 +73,7 @@ def _draw_panel(panel: Any, summary: Summary, metric: str) -> None:  # Any: matp
     if any(arm.kind != "net" for arm in arms.values()):
         for mark, text in (("o", "network in ONNX Runtime"), ("s", "LightGBM's own predict")):
             panel.plot([], [], mark, color=OTHER, markerfacecolor="white", label=text)
-        panel.legend(loc="best", frameon=False, fontsize=8)
+        panel.legend(loc="lower right", frameon=False, fontsize=8)
 
 
 def _leads(value: float) -> bool:

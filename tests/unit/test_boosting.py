@@ -18,9 +18,9 @@ FAST = {"max_rounds": 25, "patience": 5}
 def make_split(encoder: Encoder, *, requests: int, seed: int) -> EncodedSplit:
     """Clicks follow the discount, conversions of clicks the price."""
     rng = np.random.default_rng(seed)
-    blocks = synthetic_requests(
-        encoder, sizes=[4] * requests, last_time=tiny.NOON, rng=rng
-    ).encode(encoder)
+    blocks = synthetic_requests(encoder, sizes=[4] * requests, last_time=tiny.NOON, rng=rng).encode(
+        encoder
+    )
     dense = encoder.candidate_layout.dense_columns
     logits = [2.0 * blocks.candidate.dense[:, dense.index(n)] for n in ("discount", "price")]
     click, bought = (rng.random(len(x)) < 1 / (1 + np.exp(-x)) for x in logits)
