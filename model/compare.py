@@ -22,7 +22,7 @@ from model.comparison import read_draws, read_json
 from model.config import TrainConfig, load_config
 from model.contract.errors import SpecError
 from model.contract.spec import describe_errors, load_schema
-from model.dataset import cache_key
+from model.dataset import cache_key, is_cached
 from model.workers import Report, run_tasks
 
 RESULT_VERSION = 1  # of the result files and of what is measured; older results are made again
@@ -128,7 +128,7 @@ class Plan:
     """What a comparison consists of.
 
     Attributes:
-        prepare: one task per distinct data, which fills the cache.
+        prepare: one task per distinct data that the cache does not hold yet.
         runs: every arm's tasks, one per seed, by arm.
         finished: names of runs whose results are there already.
         changed: names of runs whose results are of another configuration or of other data.
@@ -184,7 +184,8 @@ def make_plan(config: CompareConfig, *, out: Path, cache: Path, only: Sequence[s
         for seed in config.seeds:
             run = _run_config(config.config, arm, seed)
             described = json.dumps([run.data.model_dump(mode="json"), run.split.model_dump()])
-            if described not in data_keys:
+            is_new = described not in data_keys
+            if is_new:
                 data_keys[described] = cache_key(run, load_schema(run.data.schema_file))
             task = Task(
                 kind="train",
@@ -198,7 +199,7 @@ def make_plan(config: CompareConfig, *, out: Path, cache: Path, only: Sequence[s
                 boosting=arm.boosting,
             )
             runs[name].append(task)
-            if len(prepare) < len(data_keys):
+            if is_new and not is_cached(cache, data_keys[described]):
                 prepare.append(task.model_copy(update={"kind": "prepare"}))
     plan = Plan(config=config, prepare=prepare, runs=runs)
     for task in (task for tasks in runs.values() for task in tasks):

@@ -246,9 +246,7 @@ def _cost(task: Task, data: EncodedData) -> dict[str, Any]:  # Any: JSON
     from functools import partial
 
     from model.cost import cpu_microseconds, one_request
-    from model.export import ScoringGraph, make_session, to_onnx
     from model.golden import golden_requests
-    from model.run import read_run
 
     encoder = Encoder(data.fitted)
     time_range = data.report["time_range"]
@@ -256,6 +254,9 @@ def _cost(task: Task, data: EncodedData) -> dict[str, Any]:  # Any: JSON
     blocks = golden_requests(encoder, last_time=float(time_range[1])).encode(encoder)
     request = one_request(blocks, COST_ROWS)
     if task.boosting is None:
+        from model.export import ScoringGraph, make_session, to_onnx
+        from model.run import read_run
+
         run = read_run(task.run_dir)
         graph = ScoringGraph(run.net, run.calibrators).eval()
         model = to_onnx(graph, blocks=blocks, outputs=encoder.schema.output_names)

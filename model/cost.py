@@ -5,11 +5,9 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
-import onnx
 
 from model.contract.blocks import Blocks, CandidateBlock, RequestBlock
 from model.contract.bundle import Bundle
-from model.export import make_session
 
 ROWS = (1, 20, 100, 400)
 REPEATS = 200
@@ -17,6 +15,11 @@ REPEATS = 200
 
 def run_cost(bundle: Bundle) -> dict[str, float]:
     """Parameters, and median CPU microseconds per run at several numbers of candidates."""
+    # Imported here: what is not a graph is timed without them.
+    import onnx
+
+    from model.export import make_session
+
     session = make_session(bundle.model)
     graph = onnx.load_model_from_string(bundle.model).graph
     parameters = sum(int(np.prod(tensor.dims)) for tensor in graph.initializer)

@@ -99,13 +99,19 @@ def load_data(config: TrainConfig, *, cache: Path, progress: Progress) -> Encode
         SpecError, LogError, EncodeError: the schema or a table is at fault.
     """
     schema = load_schema(config.data.schema_file)
-    directory = cache / cache_key(config, schema)
-    if (directory / "done").exists():
+    key = cache_key(config, schema)
+    directory = cache / key
+    if is_cached(cache, key):
         progress("reading the encoded impressions")
         return _read_cache(directory)
     data = prepare(config, schema=schema, progress=progress)
     _write_cache(directory, data)
     return data
+
+
+def is_cached(cache: Path, key: str) -> bool:
+    """Whether the cache holds the data of this `cache_key`, whole."""
+    return (cache / key / "done").exists()
 
 
 def prepare(config: TrainConfig, *, schema: Schema, progress: Progress) -> EncodedData:

@@ -72,6 +72,8 @@ class _Processes:
                 return "stopped"
             error = self._listen(task, process)
             code = process.wait()
+            assert process.stdin is not None
+            process.stdin.close()  # not before: the worker would take it for this process's end
         with self._lock:
             self._running.discard(process)
             if self._is_stopped:

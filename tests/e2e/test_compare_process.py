@@ -1,13 +1,17 @@
-"""`ctr compare` as a process: one arm fails, the other stays; mended, only the mended one runs."""
+"""`ctr compare` as a process, of which one arm fails; once more without it, nothing is run."""
 
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from test_verbs_process import write_tables
+
+from model.verbs_compare import compare
 
 pytestmark = pytest.mark.process
 
@@ -22,76 +26,82 @@ kind = "lightgbm"
 options = { max_rounds = 20 }
 [[arms]]
 name = "plain"
-set = ["net.architecture=ARCHITECTURE", "net.options={}", "optimizer.min_steps=0"]
+set = ["net.architecture=shared_bottom", "net.options={}", "optimizer.min_steps=0"]
+"""
+FAILING = """
+[[arms]]
+name = "failing"
+kind = "lightgbm"
+options = { first = { num_leaves = -5 } }
 """
 
 
-def compare(path: Path, architecture: str) -> subprocess.CompletedProcess[str]:
-    (path / "compare.toml").write_text(ARMS.replace("ARCHITECTURE", architecture))
-    command = [sys.executable, "-m", "service", "compare", str(path / "compare.toml")]
-    return subprocess.run(
-        [*command, "--out", str(path / "out"), "--cache", str(path / "cache")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """A comparison's directory and its process."""
+
+    path: Path
+    done: subprocess.CompletedProcess[str]
+
+    @property
+    def arguments(self) -> list[str]:
+        return arguments(self.path)
+
+
+def arguments(path: Path) -> list[str]:
+    options = {"--out": path / "out", "--cache": path / "cache"}
+    return [str(path / "compare.toml"), *(str(p) for pair in options.items() for p in pair)]
 
 
 @pytest.fixture(scope="module")
-def both(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Path, list[subprocess.CompletedProcess[str]], list[int]]:
-    """First with an architecture that does not exist, then with one that does."""
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
     path = tmp_path_factory.mktemp("compare")
     write_tables(path)
-    done, written = [], []
-    for architecture in ("no_such", "shared_bottom"):
-        done.append(compare(path, architecture))
-        written.append((path / "out" / "trees" / "seed-1.json").stat().st_mtime_ns)
-    return path, done, written
+    (path / "compare.toml").write_text(ARMS + FAILING)
+    command = [sys.executable, "-m", "service", "compare", *arguments(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return Compared(path=path, done=done)
 
 
-def test_failed_run_is_named_and_the_others_are_shown(both: tuple) -> None:
-    _, (first, _), _ = both
-
-    assert first.returncode == 3
-    assert "1 failed" in first.stderr
-    assert "plain seed 1: no architecture 'no_such'" in first.stderr
-    assert "Traceback" not in first.stderr
-    assert "trees" in first.stdout
-
-
-def test_finished_run_is_not_run_again(both: tuple) -> None:
-    _, (_, second), written = both
-
-    assert second.returncode == 0, second.stderr
-    assert written[0] == written[1]
-    assert "1 of 2 runs are finished and kept" in second.stderr
+def test_failed_run_is_named_and_the_others_are_shown(compared: Compared) -> None:
+    assert compared.done.returncode == 3
+    assert "1 failed" in compared.done.stderr
+    assert "failing seed 1: " in compared.done.stderr
+    assert "num_leaves" in compared.done.stderr
+    assert "Traceback" not in compared.done.stderr
+    assert "without a finished run: failing" in compared.done.stdout
 
 
-def test_everything_is_written(both: tuple) -> None:
-    path, _, _ = both
-    out = path / "out"
+def test_everything_is_written(compared: Compared) -> None:
+    out = compared.path / "out"
 
     summary = json.loads((out / "summary.json").read_text())
     plain = next(arm for arm in summary["arms"] if arm["name"] == "plain")
-    assert len(summary["arms"]) == 2
+    assert sorted(arm["name"] for arm in summary["arms"]) == ["plain", "trees"]
     assert plain["microseconds"] > 0
     assert plain["metrics"]["auc_ctr"]["interval"] is not None
     assert "Difference to trees" in (out / "table.md").read_text()
     assert (out / "frontier.png").stat().st_size > 10_000
-    assert sorted(p.name for p in (out / "plain" / "run-1").iterdir() if p.suffix == ".pt") == [
-        "weights.pt"
-    ]
+    assert [p.name for p in (out / "plain" / "run-1").glob("*.pt")] == ["weights.pt"]
 
 
-def test_kept_predictions_are_a_chain(both: tuple) -> None:
-    path, _, _ = both
-
+def test_kept_predictions_are_a_chain(compared: Compared) -> None:
     for arm in ("trees", "plain"):
-        with np.load(path / "out" / arm / "seed-1.npz") as kept:
+        with np.load(compared.path / "out" / arm / "seed-1.npz") as kept:
             cumulative, conditional = kept["cumulative"], kept["conditional"]
             assert kept["draws"].shape[0] == 40
         assert cumulative.dtype == conditional.dtype == np.float32
         assert (cumulative[:, 1] <= cumulative[:, 0]).all()
         np.testing.assert_array_equal(cumulative[:, 0], conditional[:, 0])
+
+
+def test_finished_runs_are_not_run_again(compared: Compared) -> None:
+    (compared.path / "compare.toml").write_text(ARMS)
+    kept = [compared.path / "out" / arm / "seed-1.json" for arm in ("trees", "plain")]
+    before = [path.stat().st_mtime_ns for path in kept]
+
+    again = CliRunner().invoke(compare, compared.arguments, catch_exceptions=False)
+
+    assert again.exit_code == 0
+    assert "2 of 2 runs are finished and kept" in again.stderr
+    assert [path.stat().st_mtime_ns for path in kept] == before

@@ -2,6 +2,11 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -208,7 +213,63 @@ def test_shipped_comparison_is_valid() -> None:
     assert config.reference in [arm.name for arm in config.all_arms()]
 
 
-def test_worker_that_fails_tells_why_and_the_next_one_runs(path: Path) -> None:
+def wait_for_reader(fifo: Path) -> int:
+    """A descriptor of the writing end, once a worker reads the other one; it waits for bytes."""
+    for _ in range(3000):
+        try:
+            return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            time.sleep(0.01)
+    raise AssertionError("no worker came to read")
+
+
+@pytest.fixture
+def stuck(path: Path) -> tuple[Task, Path]:
+    """A task whose worker waits for a log that never comes, and that log."""
+    task = plan_of(path).runs["plain"][0]
+    fifo = path.parent / "log.parquet"
+    fifo.unlink()
+    os.mkfifo(fifo)
+    return task, fifo
+
+
+def test_interrupt_ends_the_workers(stuck: tuple[Task, Path]) -> None:
+    task, fifo = stuck
+    ends: list[int] = []
+
+    def interrupt() -> None:
+        ends.append(wait_for_reader(fifo))
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    silent = Report(
+        on_start=lambda task: None,
+        on_say=lambda task, text: None,
+        on_end=lambda task, seconds, error: None,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run_tasks([task], num_workers=1, report=silent)
+
+    with pytest.raises(BrokenPipeError):
+        os.write(ends[0], b"x")
+    os.close(ends[0])
+
+
+def test_worker_ends_when_its_parent_is_gone(stuck: tuple[Task, Path]) -> None:
+    """However the parent ended, its end of the pipe is closed."""
+    task, fifo = stuck
+    command = [sys.executable, "-m", "model.compare_worker", task.model_dump_json()]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=ROOT
+    ) as worker:
+        end = wait_for_reader(fifo)
+        assert worker.stdin is not None
+        worker.stdin.close()
+        assert worker.wait(30) == 1
+    os.close(end)
+
+
+def test_worker_that_fails_tells_why_and_the_others_go_on(path: Path) -> None:
     """Neither has enough of a log: both fail, each with its own words."""
     tasks = plan_of(path).runs["plain"]
     lost = tasks[0].config.data.model_copy(update={"impressions": Path("/nowhere.parquet")})
@@ -222,9 +283,9 @@ def test_worker_that_fails_tells_why_and_the_next_one_runs(path: Path) -> None:
         on_end=lambda task, seconds, error: ended.append((task.name, error)),
     )
 
-    errors = run_tasks(tasks, num_workers=1, report=report)
+    errors = run_tasks(tasks, num_workers=2, report=report)
 
-    assert [name for name, _ in ended] == ["plain seed 1", "plain seed 2"]
+    assert sorted(name for name, _ in ended) == ["plain seed 1", "plain seed 2"]
     assert dict(ended) == errors
     assert "/nowhere.parquet" in errors["plain seed 1"]
     assert "/nowhere.parquet" not in errors["plain seed 2"]
