@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,9 @@ def run_tasks(tasks: Sequence[Task], *, num_workers: int, report: Report) -> dic
     pool = ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="compare")
     try:
         futures = {task.name: pool.submit(processes.run, task) for task in tasks}
+        # In short waits: not every platform lets a signal into a wait for a lock.
+        while wait(futures.values(), timeout=0.2).not_done:
+            pass
         errors = {name: future.result() for name, future in futures.items()}
     finally:
         processes.stop()

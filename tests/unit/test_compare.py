@@ -233,6 +233,7 @@ def stuck(path: Path) -> tuple[Task, Path]:
     return task, fifo
 
 
+@pytest.mark.timeout(60)
 def test_interrupt_ends_the_workers(stuck: tuple[Task, Path]) -> None:
     task, fifo = stuck
     ends: list[int] = []
