@@ -128,14 +128,12 @@ class Plan:
     """What a comparison consists of.
 
     Attributes:
-        prepare: one task per distinct data that the cache does not hold yet.
         runs: every arm's tasks, one per seed, by arm.
         finished: names of runs whose results are there already.
         changed: names of runs whose results are of another configuration or of other data.
     """
 
     config: CompareConfig
-    prepare: list[Task]
     runs: dict[str, list[Task]]
     finished: set[str] = field(default_factory=set)
     changed: set[str] = field(default_factory=set)
@@ -177,15 +175,13 @@ def make_plan(config: CompareConfig, *, out: Path, cache: Path, only: Sequence[s
     if unknown:
         raise SpecError(f"no arm {unknown[0]!r}; there are {', '.join(arms)}", where=unknown[0])
     data_keys: dict[str, str] = {}
-    prepare: list[Task] = []
     runs: dict[str, list[Task]] = {}
     for name, arm in arms.items():
         runs[name] = []
         for seed in config.seeds:
             run = _run_config(config.config, arm, seed)
             described = json.dumps([run.data.model_dump(mode="json"), run.split.model_dump()])
-            is_new = described not in data_keys
-            if is_new:
+            if described not in data_keys:
                 data_keys[described] = cache_key(run, load_schema(run.data.schema_file))
             task = Task(
                 kind="train",
@@ -194,14 +190,13 @@ def make_plan(config: CompareConfig, *, out: Path, cache: Path, only: Sequence[s
                 config=run,
                 cache=cache.resolve(),
                 arm_dir=(out / name).resolve(),
+                data_key=data_keys[described],
                 fingerprint=_fingerprint(run, arm, seed, data_keys[described]),
                 num_draws=config.draws,
                 boosting=arm.boosting,
             )
             runs[name].append(task)
-            if is_new and not is_cached(cache, data_keys[described]):
-                prepare.append(task.model_copy(update={"kind": "prepare"}))
-    plan = Plan(config=config, prepare=prepare, runs=runs)
+    plan = Plan(config=config, runs=runs)
     for task in (task for tasks in runs.values() for task in tasks):
         known = _known_fingerprint(task.result_path)
         if known not in (None, task.fingerprint):
@@ -229,20 +224,25 @@ def execute(
             todo.append(task.model_copy(update={"kind": "draw"}))
     _check_extra(todo)
     cores = len(os.sched_getaffinity(0))
-    failures: dict[str, str] = {}
-    if todo:
-        alone = [task.model_copy(update={"num_threads": cores}) for task in plan.prepare]
-        failures = run_tasks(alone, num_workers=1, report=report)
-    if not failures:
-        workers = max(1, min(num_workers, len(todo)))
-        share = max(1, cores // workers)
-        failures = run_tasks(
-            [_with_threads(task, share) for task in todo], num_workers=workers, report=report
-        )
+    failures = _prepare(todo, num_threads=cores, report=report)
+    todo = [task for task in todo if is_cached(task.cache, task.data_key)]
+    workers = max(1, min(num_workers, len(todo)))
+    shares = [_with_threads(task, max(1, cores // workers)) for task in todo]
+    failures |= run_tasks(shares, num_workers=workers, report=report)
     costs = [task for task in (_cost_task(plan.runs[name]) for name in plan.runs) if task]
     return failures | run_tasks(
         [task for task in costs if task.arm in only or not only], num_workers=1, report=report
     )
+
+
+def _prepare(tasks: Sequence[Task], *, num_threads: int, report: Report) -> dict[str, str]:
+    """Encodes what the cache lacks, once and alone; in a process, which gives its memory back."""
+    lacking = {
+        task.data_key: task.model_copy(update={"kind": "prepare", "num_threads": num_threads})
+        for task in reversed(tasks)
+        if not is_cached(task.cache, task.data_key)
+    }
+    return run_tasks(list(reversed(lacking.values())), num_workers=1, report=report)
 
 
 def _run_config(base: Path, arm: Arm, seed: int) -> TrainConfig:

@@ -49,6 +49,7 @@ class Task(BaseModel):
         kind: "prepare" encodes the data into the cache, "train" makes a run and its result,
             "draw" repeats the bootstrap of a finished run, "cost" times the scoring of one.
         arm_dir: where the arm's files go.
+        data_key: of the encoded data, see `dataset.cache_key`.
         fingerprint: of all that decides the run's result.
         boosting: options of a LightGBM chain; None for a network.
     """
@@ -61,6 +62,7 @@ class Task(BaseModel):
     config: TrainConfig
     cache: Path
     arm_dir: Path
+    data_key: str
     fingerprint: str
     num_draws: int
     num_threads: int = 1
@@ -70,7 +72,7 @@ class Task(BaseModel):
     def name(self) -> str:
         """As people are told of it."""
         if self.kind == "prepare":
-            return "data"
+            return f"data of {self.arm}"
         words = {"train": "seed", "draw": "draws of seed", "cost": "cost, seed"}
         return f"{self.arm} {words[self.kind]} {self.seed}"
 
@@ -133,7 +135,7 @@ def _train(task: Task, data: EncodedData, say: Say) -> None:
     from model.train import conditional_probabilities
 
     started = time.time()
-    _claim_run_dir(task)
+    claim_run_dir(task)
     if task.boosting is None:
         logits, calibrators, facts = _train_net(task, data, say)
     else:
@@ -163,7 +165,7 @@ def _train(task: Task, data: EncodedData, say: Say) -> None:
     )
 
 
-def _claim_run_dir(task: Task) -> None:
+def claim_run_dir(task: Task) -> None:
     """Keeps a stopped run's checkpoint, if it is of the same task with as many threads."""
     mark = f"{task.fingerprint} {task.num_threads}"
     path = task.run_dir / MARK

@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import click
@@ -84,23 +85,25 @@ def _show(summary: Summary, out: Path, *, as_json: bool) -> None:
 def _progress(plan: Plan, only: tuple[str, ...]) -> Iterator[Report]:
     """A bar of the runs, a line per task under way, and one line for each that ended."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[doing]}"),
+        TextColumn("{task.fields[doing]}", markup=False),
     )
     taken = [t for name, tasks in plan.runs.items() if name in only or not only for t in tasks]
     finished = sum(task.name in plan.finished for task in taken)
     lines: dict[str, int] = {}
     lock = threading.Lock()
     with Progress(*columns, console=Console(stderr=True)) as bars:
+        # Errors have brackets and are long: neither markup nor line breaks.
+        tell = partial(bars.console.print, markup=False, highlight=False, soft_wrap=True)
         total = bars.add_task("runs", total=len(taken), completed=finished, doing="")
         if finished:
-            bars.console.print(f"{finished} of {len(taken)} runs are finished and kept")
+            tell(f"{finished} of {len(taken)} runs are finished and kept")
         for task in taken:
             if task.name in plan.changed:
-                bars.console.print(f"{task.name}: its result is of another configuration; again")
+                tell(f"{task.name}: its result is of another configuration or data; again")
 
         def on_start(task: Task) -> None:
             with lock:
@@ -111,7 +114,7 @@ def _progress(plan: Plan, only: tuple[str, ...]) -> Iterator[Report]:
 
         def on_end(task: Task, seconds: float, error: str | None) -> None:
             bars.remove_task(lines.pop(task.name))  # type: ignore[arg-type]  # rich's own id
-            bars.console.print(f"{task.name}: {_outcome(task, error)} ({seconds:.0f} s)")
+            tell(f"{task.name}: {_outcome(task, error)} ({seconds:.0f} s)")
             if task.kind == "train" and error is None:
                 bars.advance(total)
 

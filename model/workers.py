@@ -82,7 +82,8 @@ class _Processes:
             if self._is_stopped:
                 return "stopped"
         if code and error is None:
-            error = _last_line(log) or f"the process ended with code {code}"
+            last = _last_line(log)
+            error = f"{last} (see {log})" if last else f"the process ended with code {code}"
         if not code or not log.stat().st_size:
             log.unlink()
         self._report.on_end(task, time.monotonic() - started, error)

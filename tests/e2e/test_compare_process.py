@@ -11,6 +11,9 @@ import pytest
 from click.testing import CliRunner
 from test_verbs_process import write_tables
 
+from model.compare import load_compare, make_plan
+from model.compare_worker import do
+from model.comparison import read_draws
 from model.verbs_compare import compare
 
 pytestmark = pytest.mark.process
@@ -93,6 +96,23 @@ def test_kept_predictions_are_a_chain(compared: Compared) -> None:
         assert cumulative.dtype == conditional.dtype == np.float32
         assert (cumulative[:, 1] <= cumulative[:, 0]).all()
         np.testing.assert_array_equal(cumulative[:, 0], conditional[:, 0])
+
+
+def test_more_draws_are_made_of_the_kept_predictions(compared: Compared) -> None:
+    config = load_compare(compared.path / "compare.toml")
+    more = config.model_copy(update={"draws": 60})
+    plan = make_plan(more, out=compared.path / "out", cache=compared.path / "cache")
+    task = plan.runs["plain"][0]
+    before = read_draws(task.predictions_path)
+
+    do(task.model_copy(update={"kind": "draw"}), say=lambda text: None)
+
+    after = read_draws(task.predictions_path)
+    assert before is not None
+    assert after is not None
+    assert len(after.values) == 60
+    np.testing.assert_array_equal(after.values[:40], before.values)
+    do(task.model_copy(update={"kind": "draw", "num_draws": 40}), say=lambda text: None)
 
 
 def test_finished_runs_are_not_run_again(compared: Compared) -> None:

@@ -16,8 +16,8 @@ import polars as pl
 import pytest
 import tomli_w
 
-from model.compare import CompareConfig, Plan, load_compare, make_plan
-from model.compare_worker import Task
+from model.compare import CompareConfig, Plan, execute, load_compare, make_plan
+from model.compare_worker import Task, claim_run_dir
 from model.contract.errors import SpecError
 from model.workers import Report, run_tasks
 
@@ -76,11 +76,30 @@ def test_plan_has_a_run_per_arm_and_seed(path: Path) -> None:
     assert plan.finished == plan.changed == set()
 
 
-def test_data_are_prepared_once_per_distinct_data(path: Path) -> None:
+def test_arms_with_the_same_data_share_them(path: Path) -> None:
     split = {"name": "other", "set": ["split.test_share=0.2"]}
     rewrite(path, arms=[*CONFIG["arms"], split])
 
-    assert [task.arm for task in plan_of(path).prepare] == ["trees", "other"]
+    runs = plan_of(path).runs
+    keys = {name: {task.data_key for task in tasks} for name, tasks in runs.items()}
+    assert keys["trees"] == keys["plain"] != keys["other"]
+    assert len(keys["trees"]) == len(keys["other"]) == 1
+
+
+def test_arm_whose_data_fail_does_not_stop_the_preparation_of_others(path: Path) -> None:
+    """This log has no user ids, so that nothing can be encoded: each data set says so, once."""
+    split = {"name": "other", "set": ["split.test_share=0.2"]}
+    rewrite(path, arms=[*CONFIG["arms"], split])
+    silent = Report(
+        on_start=lambda task: None,
+        on_say=lambda task, text: None,
+        on_end=lambda task, seconds, error: None,
+    )
+
+    failures = execute(plan_of(path), num_workers=2, report=silent)
+
+    assert list(failures) == ["data of trees", "data of other"]
+    assert "user_id" in failures["data of other"]
 
 
 def test_grid_is_the_cross_product(path: Path) -> None:
@@ -203,6 +222,23 @@ def test_number_of_threads_and_place_of_the_data_keep_a_run(path: Path, tmp_path
     train.write_text(content + "\n[optimizer]\nnum_threads = 3\n")
 
     assert plan_of(path).finished == {"plain seed 1"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_kept"),
+    [({}, True), ({"fingerprint": "of now"}, False), ({"num_threads": 2}, False)],
+)
+def test_stopped_run_goes_on_from_its_own_checkpoint_only(
+    path: Path, changes: dict[str, Any], is_kept: bool
+) -> None:
+    task = plan_of(path).runs["plain"][0]
+    claim_run_dir(task)
+    checkpoint = task.run_dir / "checkpoint.pt"
+    checkpoint.touch()
+
+    claim_run_dir(task.model_copy(update=changes))
+
+    assert checkpoint.exists() is is_kept
 
 
 def test_shipped_comparison_is_valid() -> None:

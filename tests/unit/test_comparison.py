@@ -37,6 +37,7 @@ def make_task(path: Path, arm: str, seed: int) -> Task:
         config=config,
         cache=path / "cache",
         arm_dir=path / arm,
+        data_key="data",
         fingerprint=f"{arm} {seed}",
         num_draws=5,
     )
