@@ -226,9 +226,9 @@ def execute(
     cores = len(os.sched_getaffinity(0))
     failures = _prepare(todo, num_threads=cores, report=report)
     todo = [task for task in todo if is_cached(task.cache, task.data_key)]
-    workers = max(1, min(num_workers, len(todo)))
-    shares = [_with_threads(task, max(1, cores // workers)) for task in todo]
-    failures |= run_tasks(shares, num_workers=workers, report=report)
+    # By the workers asked for, however few runs are left: a resumed comparison trains as before.
+    shares = [_with_threads(task, max(1, cores // num_workers)) for task in todo]
+    failures |= run_tasks(shares, num_workers=num_workers, report=report)
     costs = [task for task in (_cost_task(plan.runs[name]) for name in plan.runs) if task]
     return failures | run_tasks(
         [task for task in costs if task.arm in only or not only], num_workers=1, report=report

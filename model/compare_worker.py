@@ -158,6 +158,7 @@ def _train(task: Task, data: EncodedData, say: Say) -> None:
             "uncalibrated": {k: v for k, v in raw.items() if k.startswith(("pcoc_", "log_loss_"))},
             "calibration": [c.method for c in calibrators],
             **facts,
+            "num_threads": task.num_threads,
             "seconds": round(time.time() - started, 1),
             "data_sha256": _digest(json.dumps(data.report, sort_keys=True).encode()),
             "test_sha256": _digest(*_label_bytes(test)),
