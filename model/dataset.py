@@ -31,7 +31,7 @@ from model.fit import fit_schema
 from model.history import AsOf, Tables
 from model.logs import SPLITS, TIME, USER, ImpressionLog, Labels, read_log, unix_seconds
 
-CACHE_VERSION = 5
+CACHE_VERSION = 6
 
 Rows = npt.NDArray[np.int64]
 Progress = Callable[[str], None]
@@ -104,13 +104,19 @@ def load_data(config: TrainConfig, *, cache: Path, progress: Progress) -> Encode
         SpecError, LogError, EncodeError: the schema or a table is at fault.
     """
     schema = load_schema(config.data.schema_file)
-    directory = cache / _cache_key(config, schema)
-    if (directory / "done").exists():
+    key = cache_key(config, schema)
+    directory = cache / key
+    if is_cached(cache, key):
         progress("reading the encoded impressions")
         return _read_cache(directory)
     data = prepare(config, schema=schema, progress=progress)
     _write_cache(directory, data)
     return data
+
+
+def is_cached(cache: Path, key: str) -> bool:
+    """Whether the cache holds the data of this `cache_key`, whole."""
+    return (cache / key / "done").exists()
 
 
 def prepare(config: TrainConfig, *, schema: Schema, progress: Progress) -> EncodedData:
@@ -362,7 +368,12 @@ def _report(
     }
 
 
-def _cache_key(config: TrainConfig, schema: Schema) -> str:
+def cache_key(config: TrainConfig, schema: Schema) -> str:
+    """Names what the encoded data are made of: schema, split and the content of the tables.
+
+    Raises:
+        LogError: a table cannot be read.
+    """
     files = {
         name: _file_digest(path)
         for name, path in config.data
@@ -402,13 +413,16 @@ def _write_cache(directory: Path, data: EncodedData) -> None:
 
 
 def _read_cache(directory: Path) -> EncodedData:
+    """The arrays are mapped, read-only: processes that train side by side share their pages."""
     fields = EncodedSplit.__dataclass_fields__
     splits = {}
     for name in SPLITS:
         paths = {field: directory / f"{name}.{field}.npy" for field in fields}
         if not paths["truth"].exists():
             del paths["truth"]
-        splits[name] = EncodedSplit(**{field: np.load(path) for field, path in paths.items()})
+        # Plain arrays: memmap's subclass slows every small slice down.
+        arrays = {field: np.asarray(np.load(path, mmap_mode="r")) for field, path in paths.items()}
+        splits[name] = EncodedSplit(**arrays)
     return EncodedData(
         fitted=FittedSchema.model_validate_json((directory / "fitted.json").read_bytes()),
         splits=splits,

@@ -3,9 +3,10 @@
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from model.calibrate import calibrated_probabilities, fit_calibrators
-from model.config import TrainConfig
+from model.calibrate import Calibrator, calibrated_probabilities, fit_calibrators
+from model.config import ObjectiveConfig, TrainConfig
 from model.contract.encode import Encoder
 from model.contract.spec import Schema
 from model.contract.store_columns import StoreColumns
@@ -17,8 +18,23 @@ from model.train import conditional_probabilities, predict
 from model.truth import truth_metrics
 
 
-def calibrate_run(net: Net, data: EncodedData, config: TrainConfig) -> list[Any]:
+def calibrate_run(net: Net, data: EncodedData, config: TrainConfig) -> list[Calibrator]:
     """Calibrators fitted on the calibration split, which nothing else was fitted or chosen on."""
+    logits = predict(net, data.splits["calibration"])
+    return calibrate_logits(logits, data, config, objective=config.objective)
+
+
+def calibrate_logits(
+    logits: npt.NDArray[np.float32],
+    data: EncodedData,
+    config: TrainConfig,
+    *,
+    objective: ObjectiveConfig | None,
+) -> list[Calibrator]:
+    """Calibrators of any model's step logits [N, T] of the calibration split.
+
+    With an objective, rows weigh as they did in it: calibration must not undo what it achieved.
+    """
     split = data.splits["calibration"]
     methods = config.calibration.methods
     if any(f.source == "log_only" for f in data.fitted.schema_.features):
@@ -27,11 +43,11 @@ def calibrate_run(net: Net, data: EncodedData, config: TrainConfig) -> list[Any]
         shifting = tuple(name for name in methods if name not in ("identity", "temperature"))
         methods = shifting or methods
     return fit_calibrators(
-        predict(net, split),
+        logits,
         split.labels,
         user=split.user,
         methods=methods,
-        objective=config.objective,
+        objective=objective,
     )
 
 

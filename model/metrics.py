@@ -24,6 +24,36 @@ def auc(predicted: Floats, label: Floats, weight: Floats) -> float:
     return float(roc_auc_score(label, predicted, sample_weight=weight))
 
 
+def gauc(predicted: Floats, label: Floats, weight: Floats, *, user: npt.NDArray[np.int64]) -> float:
+    """Mean AUC within each user who has both classes, weighted by the user's impressions.
+
+    Ties half; NaN when no user has both. What one user's ranking gains, whatever users' rates are.
+    """
+    if not len(label):
+        return float("nan")
+    order = np.lexsort((predicted, user))
+    score, who = predicted[order], user[order]
+    positive = (weight * label)[order]
+    negative = (weight * (1.0 - label))[order]
+    is_new_user = np.append(True, who[1:] != who[:-1])
+    # A group is the rows of one user at one score; a user is some neighbouring groups.
+    is_new_group = is_new_user | np.append(True, score[1:] != score[:-1])
+    groups = np.flatnonzero(is_new_group)
+    positives, negatives = (np.add.reduceat(values, groups) for values in (positive, negative))
+    users = np.flatnonzero(is_new_user[groups])
+    before = np.cumsum(negatives) - negatives
+    of_user = np.cumsum(is_new_user[groups]) - 1
+    below = before - before[users][of_user]
+    wins = np.add.reduceat(positives * (below + negatives / 2.0), users)
+    totals = [np.add.reduceat(values, users) for values in (positives, negatives)]
+    pairs = totals[0] * totals[1]
+    has_both = pairs > 0
+    if not has_both.any():
+        return float("nan")
+    impressions = (totals[0] + totals[1])[has_both]
+    return float(np.average(wins[has_both] / pairs[has_both], weights=impressions))
+
+
 def log_loss(predicted: Floats, label: Floats, weight: Floats) -> float:
     """Mean negative log likelihood, natural log."""
     return float(np.average(row_log_losses(predicted, label), weights=weight))
@@ -102,7 +132,8 @@ def chain_metrics(
         conditional: [N, T] conditional step probabilities.
         labels: of the same rows; rows whose label is not known are left out of the step.
         schema: names the steps.
-        user: [N], for bootstrap intervals of PCOC; None leaves them out.
+        user: [N], for bootstrap intervals of PCOC and the AUC within users of the cumulative
+            steps; None leaves them out.
     """
     wide = conditional.astype(np.float64)
     cumulative = np.cumprod(wide, axis=1)
@@ -140,4 +171,5 @@ def _metrics(
     if user is not None:
         interval = pcoc_interval(predicted, label, weight, user=user[rows])
         result[f"pcoc_interval_{name}"] = list(interval)
+        result[f"gauc_user_by_impressions_{name}"] = gauc(predicted, label, weight, user=user[rows])
     return result

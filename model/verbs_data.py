@@ -37,7 +37,7 @@ def complete_journey(out: Path, keep_trips: float, as_json: bool) -> None:
     with spinner() as say:
         summary = write_complete_journey(out, keep_trips=keep_trips, progress=say)
     here = Path(__file__).parent / "datasets"
-    for name in ("schema", "train", "baseline"):
+    for name in ("schema", "train", "baseline", "compare"):
         shutil.copyfile(here / f"complete_journey_{name}.toml", out / f"{name}.toml")
     splits = {name: vars(count) for name, count in summary.splits.items()}
     if as_json:

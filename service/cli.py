@@ -17,6 +17,10 @@ VERBS = {
     "schema": ("model.verbs:schema", "Propose a schema file for your own logs"),
     "train": ("model.verbs:train", "Train a model on impression logs"),
     "evaluate": ("model.verbs:evaluate", "Measure a trained model on its test rows"),
+    "compare": (
+        "model.verbs_compare:compare",
+        "Compare architectures, objectives and LightGBM",
+    ),
     "export": ("model.verbs:export", "Write a trained model as a bundle"),
     "inspect": ("model.verbs:inspect", "Show what a bundle holds"),
     "materialize": (
@@ -33,6 +37,7 @@ EXIT_DATA = 3
 EXIT_GATE = 4
 
 _OWN_PACKAGES = ("model", "service", "loadtest")
+_EXTRA_OF = {"lightgbm": "compare"}  # packages that no other extra than this one brings
 
 
 class LazyGroup(click.Group):
@@ -95,9 +100,11 @@ def _exit_code(exc: Exception) -> tuple[int, str] | None:
         package = (exc.name or "").partition(".")[0]
         if package in _OWN_PACKAGES:
             return None
+        extra = _EXTRA_OF.get(package)
+        brings = "all that the verbs need" if extra is None else "it"
         return EXIT_USAGE, (
-            f"the package {package!r} is not installed; pip install 'ctr-scoring[demo]' brings "
-            "all that the verbs need"
+            f"the package {package!r} is not installed; pip install "
+            f"'ctr-scoring[{extra or 'demo'}]' brings {brings}"
         )
     if isinstance(exc, OSError) and exc.filename is not None:
         return EXIT_DATA, f"{exc.filename}: {exc.strerror}"

@@ -1160,3 +1160,14 @@ def test_a_record_and_a_snapshot_encode_to_the_trainer_s_row(
     np.testing.assert_array_equal(request.dense, expected.request.dense)
     np.testing.assert_array_equal(candidate.ids, expected.candidate.ids)
     np.testing.assert_array_equal(candidate.dense, expected.candidate.dense)
+
+
+def test_cached_data_are_mapped_and_equal_those_that_were_made(trained: Trained) -> None:
+    """Read-only: what wrote into them would spoil them for the processes that share them."""
+    again = load_data(trained.config, cache=trained.path / "cache", progress=lambda text: None)
+
+    assert again.fitted == trained.data.fitted
+    for name, split in again.splits.items():
+        for field, array in vars(split).items():
+            np.testing.assert_array_equal(array, getattr(trained.data.splits[name], field))
+            assert not array.flags.writeable

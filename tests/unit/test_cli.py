@@ -108,6 +108,11 @@ def test_no_bundle_ends_with_2(
         (StoreMisconfigured("wrong password"), 2, "wrong password"),
         (InvalidRequest("expected an id", field="user_id"), 3, "request: user_id: expected an id"),
         (ModuleNotFoundError("No module", name="torch.nn"), 2, "the package 'torch' is not"),
+        (
+            ModuleNotFoundError("No module", name="lightgbm"),
+            2,
+            "the package 'lightgbm' is not installed; pip install 'ctr-scoring[compare]' brings it",
+        ),
     ],
 )
 def test_known_error_is_one_line_and_its_exit_code(

@@ -12,6 +12,7 @@ from model.metrics import (
     auc,
     chain_metrics,
     ece,
+    gauc,
     log_loss,
     ne,
     pcoc,
@@ -278,3 +279,62 @@ def test_three_steps_have_metrics_of_every_product() -> None:
     assert metrics["pcoc_p_buy"] == pytest.approx(0.5)  # 4 rows at 1/8, one buys
     assert metrics["pcoc_buy_given_cart"] == pytest.approx(1.0)
     assert metrics["rows_buy_given_cart"] == 2
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_gauc_is_the_mean_of_each_users_auc(seed: int) -> None:
+    """Ties and weights included; a user with one class only does not count."""
+    rng = np.random.default_rng(seed)
+    predicted = rng.integers(0, 5, 60) / 4.0
+    label = (rng.random(60) < 0.3).astype(np.float64)
+    weight = rng.choice([0.5, 1.0, 3.0], 60)
+    user = rng.integers(0, 12, 60)
+    total, impressions = 0.0, 0.0
+    for one in range(12):
+        own = user == one
+        value = brute_auc(predicted[own], label[own], weight[own])
+        if not math.isnan(value):
+            total += value * weight[own].sum()
+            impressions += weight[own].sum()
+
+    assert gauc(predicted, label, weight, user=user) == pytest.approx(total / impressions)
+
+
+def test_gauc_ignores_what_tells_users_apart() -> None:
+    """Both users' order is perfect; across users it is upside down. User 3 has no positive."""
+    predicted, label = array(0.2, 0.1, 0.9, 0.8, 0.5), array(1, 0, 1, 0, 0)
+    user = np.array([1, 1, 2, 2, 3])
+
+    assert gauc(predicted, label, ones(label), user=user) == 1.0
+
+
+def test_gauc_weighs_users_by_impressions() -> None:
+    """User 1: AUC 1 on 2 rows; user 2: AUC 0 on 6."""
+    predicted = array(0.9, 0.1, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    label, user = array(1, 0, 1, 0, 0, 0, 0, 0), np.array([1, 1, 2, 2, 2, 2, 2, 2])
+
+    assert gauc(predicted, label, ones(label), user=user) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_gauc_without_a_user_of_both_classes_is_nan(count: int) -> None:
+    label = np.zeros(count)
+
+    assert math.isnan(gauc(label, label, ones(label), user=np.arange(count)))
+
+
+def test_gauc_is_told_of_cumulative_steps_when_users_are_known() -> None:
+    labels = Labels(
+        values=np.array([[1, 0], [0, 0], [1, 1], [0, 0]], np.int8),
+        known=np.ones((4, 2), np.bool_),
+        weight=np.ones(4, np.float32),
+    )
+    conditional = np.array([[0.9, 0.5], [0.1, 0.5], [0.3, 0.5], [0.4, 0.5]], np.float32)
+    described = schema("click", "conversion")
+
+    metrics = chain_metrics(conditional, labels, schema=described, user=np.array([1, 1, 2, 2]))
+
+    # User 1 is in order, user 2 is not; only user 2 converted.
+    assert metrics["gauc_user_by_impressions_ctr"] == pytest.approx(0.5)
+    assert metrics["gauc_user_by_impressions_ctcvr"] == pytest.approx(0.0)
+    assert "gauc_user_by_impressions_cvr_clicked" not in metrics
