@@ -28,10 +28,11 @@ from model.contract.record import pack_record
 from model.contract.spec import TimePart, raw_columns
 from model.contract.times import format_time
 from model.dataset import EncodedSplit, load_data
-from model.history import AsOf, Tables
+from model.history import AsOf
 from model.logs import read_log, unix_seconds
 from model.run import Run, read_run
 from model.snapshot import ITEMS, MAX_KEYS
+from model.tables import Tables
 from model.train import predict
 from service.settings import StoreSettings
 from service.stores import open_store

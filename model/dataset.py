@@ -28,8 +28,9 @@ from model.contract.spec import (
     raw_columns,
 )
 from model.fit import fit_schema
-from model.history import AsOf, Tables
+from model.history import AsOf
 from model.logs import SPLITS, TIME, USER, ImpressionLog, Labels, read_log, unix_seconds
+from model.tables import Tables
 
 CACHE_VERSION = 6
 

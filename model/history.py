@@ -6,8 +6,6 @@ the same totals.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +15,9 @@ import polars as pl
 from model.contract.columns import Ragged
 from model.contract.errors import LogError
 from model.contract.ids import canonical_id, canonical_ids, hash_id, hash_ids
+from model.contract.log_spec import EventStatistic
 from model.contract.record import HistoryEntries, MatchEntries, RecentEntries, UserRecord
 from model.contract.spec import (
-    Elapsed,
-    EventStatistic,
     History,
     Match,
     Numeric,
@@ -37,51 +34,12 @@ from model.logs import (
     TIME,
     USER,
     integral_ids,
-    read_table,
     same_type,
     unix_seconds,
 )
+from model.tables import Tables, recent_features
 
 Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tables:
-    """Events, item attributes and user attributes of a run; any may be absent."""
-
-    events: pl.DataFrame | None
-    items: pl.DataFrame | None
-    users: pl.DataFrame | None
-
-    @classmethod
-    def read(
-        cls, *, events: Path | None, items: Path | None, users: Path | None, schema: Schema
-    ) -> "Tables":
-        """Reads them and checks the columns that the schema's features name.
-
-        Raises:
-            LogError: a column is missing.
-        """
-        log = schema.log
-        event_frame = None
-        if events is not None:
-            raw = read_table(events)
-            _require(raw, (log.user_id, log.item_id, log.time, "event"), events)
-            columns = {s.column for s in _statistics(schema) if s.column is not None}
-            for recent in _recents(schema):
-                columns |= {c for c in (recent.column, recent.context) if c is not None}
-            _require(raw, sorted(columns), events)
-            event_frame = raw.with_columns(
-                integral_ids(raw[log.user_id], path=events).alias(USER),
-                integral_ids(raw[log.item_id], path=events).alias(ITEM),
-                pl.Series(TIME, unix_seconds(raw[log.time])),
-                pl.col("event").alias(EVENT),
-            ).sort(TIME, maintain_order=True)
-        return cls(
-            events=event_frame,
-            items=_attributes(items, log.item_id, log.time),
-            users=_attributes(users, log.user_id, log.time),
-        )
 
 
 class AsOf:
@@ -221,7 +179,7 @@ class AsOf:
         histories = {
             f.name: self.history(f, log) for f in self.schema.features if isinstance(f, History)
         }
-        recents = {f.name: self.recent(f, log) for f in _recents(self.schema)}
+        recents = {f.name: self.recent(f, log) for f in recent_features(self.schema)}
         for i, user in enumerate(known.to_list()):
             yield (
                 user,
@@ -395,38 +353,8 @@ class AsOf:
         return joined.sort("_position")
 
 
-def _statistics(schema: Schema) -> Iterator[EventStatistic]:
-    for feature in schema.features:
-        if isinstance(feature, Numeric | Elapsed) and feature.statistic is not None:
-            yield feature.statistic
-
-
-def _recents(schema: Schema) -> list[Recent]:
-    return [feature for feature in schema.features if isinstance(feature, Recent)]
-
-
 def _matches(schema: Schema) -> list[Match]:
     return [feature for feature in schema.features if isinstance(feature, Match)]
-
-
-def _attributes(path: Path | None, key: str, time: str) -> pl.DataFrame | None:
-    """Attributes by id, from a time on when the table has a time column."""
-    if path is None:
-        return None
-    frame = read_table(path)
-    _require(frame, (key,), path)
-    frame = frame.with_columns(integral_ids(frame[key], path=path))
-    if time in frame.columns:
-        return frame.with_columns(pl.Series(TIME, unix_seconds(frame[time]))).drop(time)
-    if frame[key].is_duplicated().any():
-        raise LogError(f"{path}: a {key!r} is there twice, without a {time!r} column", path=path)
-    return frame
-
-
-def _require(frame: pl.DataFrame, names: "tuple[str, ...] | list[str]", path: Path) -> None:
-    for name in names:
-        if name not in frame.columns:
-            raise LogError(f"{path} has no column {name!r}", path=path)
 
 
 def _user_ids(log: pl.DataFrame, owner: AsOf) -> pl.Series:

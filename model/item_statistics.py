@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from model.contract.spec import EventStatistic, Schema
+from model.contract.log_spec import EventStatistic
+from model.contract.spec import Schema
 from model.logs import KEY, TIME, USER, same_type
 
 Floats = npt.NDArray[np.float64]

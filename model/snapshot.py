@@ -11,8 +11,9 @@ from model.contract.errors import LogError
 from model.contract.ids import canonical_id
 from model.contract.record import pack_record
 from model.contract.spec import load_schema
-from model.history import AsOf, Tables
+from model.history import AsOf
 from model.logs import TIME
+from model.tables import Tables
 
 RECORDS, ITEMS = "records.parquet", "items.parquet"
 MAX_KEYS = 4096  # per user and match feature, the newest; 20 bytes each

@@ -1,6 +1,6 @@
-"""The log's columns that are not features: ids, time, weight, split, and the chain's steps."""
+"""What a log and its events are read by: columns, the chain's steps, statistics of events."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -67,4 +67,32 @@ class LogColumns(Frozen):
     def _check(self) -> Self:
         if self.weight is not None and self.negative_keep_rate is not None:
             raise ValueError("give 'weight' or 'negative_keep_rate', not both")
+        return self
+
+
+class EventStatistic(Frozen):
+    """How a raw value is made from events strictly before an impression's time (minus the lag).
+
+    Attributes:
+        event: which events count.
+        aggregate: their number, the mean of `column`, the time of the last one, or ("users", item
+            statistics only) the number of users who ever had one.
+        column: the column averaged; only with `mean`.
+        attribute: an item feature; for item statistics, all events of items sharing its value.
+        whole_periods: count only so many last whole periods of `period_days`; None counts all
+            before. Item statistics but "users" need it: one snapshot then serves a whole period.
+    """
+
+    event: str
+    aggregate: Literal["count", "mean", "last_time", "users"]
+    column: str | None = None
+    attribute: str | None = None
+    whole_periods: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.aggregate == "mean") != (self.column is not None):
+            raise ValueError("'column' is given exactly when aggregate is 'mean'")
+        if self.aggregate == "users" and (self.attribute is None or self.whole_periods is not None):
+            raise ValueError("aggregate 'users' is of an 'attribute', and of all periods before")
         return self

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from model.contract.errors import SpecError
-from model.contract.log_spec import Frozen, LogColumns, Step
+from model.contract.log_spec import EventStatistic, Frozen, LogColumns, Step
 
 CONTRACT_VERSION = 1
 
@@ -34,34 +34,6 @@ FIRST_CODE = 3  # code of the first value of a vocabulary, of bucket 0, of hour 
 Scope = Literal["user", "context", "item", "cross"]
 Source = Literal["request", "store", "items", "log_only"]
 RawValue = str | int | float | None
-
-
-class EventStatistic(Frozen):
-    """How a raw value is made from events strictly before an impression's time (minus the lag).
-
-    Attributes:
-        event: which events count.
-        aggregate: their number, the mean of `column`, the time of the last one, or ("users", item
-            statistics only) the number of users who ever had one.
-        column: the column averaged; only with `mean`.
-        attribute: an item feature; for item statistics, all events of items sharing its value.
-        whole_periods: count only so many last whole periods of `period_days`; None counts all
-            before. Item statistics but "users" need it: one snapshot then serves a whole period.
-    """
-
-    event: str
-    aggregate: Literal["count", "mean", "last_time", "users"]
-    column: str | None = None
-    attribute: str | None = None
-    whole_periods: int | None = Field(default=None, ge=1)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if (self.aggregate == "mean") != (self.column is not None):
-            raise ValueError("'column' is given exactly when aggregate is 'mean'")
-        if self.aggregate == "users" and (self.attribute is None or self.whole_periods is not None):
-            raise ValueError("aggregate 'users' is of an 'attribute', and of all periods before")
-        return self
 
 
 class _Feature(Frozen):

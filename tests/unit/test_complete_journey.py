@@ -203,11 +203,11 @@ def test_events_of_a_basket_share_its_first_time_stamp() -> None:
 
     first, second = MONDAY + timedelta(minutes=1), MONDAY + timedelta(minutes=3)
     assert events.rows() == [
-        (9, 51, "purchase", first, 1.5, None, None),
-        (9, 52, "purchase", first, 1.25, None, None),
-        (9, None, "trip", first, None, 2.0, 4.25),
-        (8, 50, "purchase", second, None, None, None),
-        (8, None, "trip", second, None, 1.0, 0.5),
+        (9, 51, "purchase", first, 1.5, None, None, None),
+        (9, 52, "purchase", first, 1.25, None, None, None),
+        (9, None, "trip", first, None, 7, 2.0, 4.25),
+        (8, 50, "purchase", second, None, None, None, None),
+        (8, None, "trip", second, None, 7, 1.0, 0.5),
     ]
 
 

@@ -12,10 +12,12 @@ import pytest
 from model.contract.encode import Encoder
 from model.contract.errors import LogError
 from model.contract.ids import canonical_ids, hash_ids
+from model.contract.log_spec import EventStatistic
 from model.contract.record import UserRecord, look_up, pack_record, unpack_record
-from model.contract.spec import EventStatistic, FittedSchema, History, Match, Schema, parse_schema
-from model.history import AsOf, Tables
+from model.contract.spec import FittedSchema, History, Match, Schema, parse_schema
+from model.history import AsOf
 from model.logs import TIME, USER
+from model.tables import Tables
 
 DAY = 86_400
 PERIOD_START = 7_200

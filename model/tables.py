@@ -1,0 +1,81 @@
+"""The tables beside a log: events, item attributes, user attributes, read and checked."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from model.contract.errors import LogError
+from model.contract.log_spec import EventStatistic
+from model.contract.spec import Elapsed, Numeric, Recent, Schema
+from model.logs import EVENT, ITEM, TIME, USER, integral_ids, read_table, unix_seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tables:
+    """Events, item attributes and user attributes of a run; any may be absent."""
+
+    events: pl.DataFrame | None
+    items: pl.DataFrame | None
+    users: pl.DataFrame | None
+
+    @classmethod
+    def read(
+        cls, *, events: Path | None, items: Path | None, users: Path | None, schema: Schema
+    ) -> "Tables":
+        """Reads them and checks the columns that the schema's features name.
+
+        Raises:
+            LogError: a column is missing.
+        """
+        log = schema.log
+        event_frame = None
+        if events is not None:
+            raw = read_table(events)
+            _require(raw, (log.user_id, log.item_id, log.time, "event"), events)
+            columns = {s.column for s in _statistics(schema) if s.column is not None}
+            for recent in recent_features(schema):
+                columns |= {c for c in (recent.column, recent.context) if c is not None}
+            _require(raw, sorted(columns), events)
+            event_frame = raw.with_columns(
+                integral_ids(raw[log.user_id], path=events).alias(USER),
+                integral_ids(raw[log.item_id], path=events).alias(ITEM),
+                pl.Series(TIME, unix_seconds(raw[log.time])),
+                pl.col("event").alias(EVENT),
+            ).sort(TIME, maintain_order=True)
+        return cls(
+            events=event_frame,
+            items=_attributes(items, log.item_id, log.time),
+            users=_attributes(users, log.user_id, log.time),
+        )
+
+
+def recent_features(schema: Schema) -> list[Recent]:
+    return [feature for feature in schema.features if isinstance(feature, Recent)]
+
+
+def _statistics(schema: Schema) -> Iterator[EventStatistic]:
+    for feature in schema.features:
+        if isinstance(feature, Numeric | Elapsed) and feature.statistic is not None:
+            yield feature.statistic
+
+
+def _attributes(path: Path | None, key: str, time: str) -> pl.DataFrame | None:
+    """Attributes by id, from a time on when the table has a time column."""
+    if path is None:
+        return None
+    frame = read_table(path)
+    _require(frame, (key,), path)
+    frame = frame.with_columns(integral_ids(frame[key], path=path))
+    if time in frame.columns:
+        return frame.with_columns(pl.Series(TIME, unix_seconds(frame[time]))).drop(time)
+    if frame[key].is_duplicated().any():
+        raise LogError(f"{path}: a {key!r} is there twice, without a {time!r} column", path=path)
+    return frame
+
+
+def _require(frame: pl.DataFrame, names: "tuple[str, ...] | list[str]", path: Path) -> None:
+    for name in names:
+        if name not in frame.columns:
+            raise LogError(f"{path} has no column {name!r}", path=path)
