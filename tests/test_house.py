@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,13 @@ def test_import_contracts_hold() -> None:
     command = [str(Path(sys.executable).with_name("lint-imports"))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_import_contract_names_every_module_of_the_trainer() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    (service,) = (c for c in contracts["contracts"] if c["source_modules"] == ["service"])
+    trainer = {f"model.{p.stem}" for p in (ROOT / "model").glob("*.py")} - {"model.__init__"}
+    assert trainer - set(service["forbidden_modules"]) == set()
 
 
 def test_every_module_is_found() -> None:
