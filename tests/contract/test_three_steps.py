@@ -33,6 +33,7 @@ from service.materialize import load_records
 from service.settings import load_settings
 from service.stores.base import OnlineStore
 from service.stores.memory import MemoryStore
+from service.verbs import score
 
 DAY = 86_400
 START = 1_700_000_000 // DAY * DAY
@@ -276,6 +277,22 @@ async def test_every_candidate_of_every_answer_is_ordered(
     assert (bought > 0.0).all()
     np.testing.assert_allclose(bought, clicked * given, rtol=ROUNDING, atol=0)
     assert len(np.unique(bought)) > 100  # not one number for all
+
+
+def test_score_verb_shows_the_chain(made: Made) -> None:
+    request = made.path / "request.json"
+    request.write_text(json.dumps({"user_id": 3, "candidates": [1, 2, 99]}))
+
+    shown = ctr(
+        score,
+        request,
+        *("--bundle", made.bundle, "--items", made.path / "snapshot" / "items.parquet"),
+        *("--record", made.path / "snapshot" / "records.parquet", "--json"),
+    )
+
+    items = json.loads(shown)["items"]
+    assert [item["item_id"] for item in items] == [1, 2, 99]
+    assert all(item["p_category"] >= item["p_click"] >= item["p_conversion"] for item in items)
 
 
 @pytest.fixture(scope="module")
