@@ -1,7 +1,7 @@
 """A comparison's tables: the same cells for the console and as Markdown."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.table import Table
 
@@ -21,12 +21,36 @@ class TextTable:
 
     def rich(self) -> Table:
         """For the console."""
-        table = Table(title=self.title, caption=self.caption, title_justify="left")
+        table = Table(title=self.title, caption=self.caption or None, title_justify="left")
         for name in self.columns:
             table.add_column(name, no_wrap=True, justify="left" if name == "arm" else "right")
         for row in self.rows:
             table.add_row(*row)
         return table
+
+    def parts(self, width: int) -> list["TextTable"]:
+        """The columns in tables of at most `width` characters, each with the arms' names.
+
+        Nothing is cut: a column that alone is wider than that has a table of its own. The caption
+        is below the last one.
+        """
+        widths = [max(map(len, cells)) + 3 for cells in zip(self.columns, *self.rows, strict=True)]
+        groups: list[list[int]] = [[]]
+        for index in range(1, len(self.columns)):
+            taken = 1 + widths[0] + sum(widths[i] for i in groups[-1])
+            if groups[-1] and taken + widths[index] > width:
+                groups.append([])
+            groups[-1].append(index)
+        return [
+            replace(
+                self,
+                title=self.title if number == 0 else f"{self.title}, continued",
+                caption=self.caption if number == len(groups) - 1 else "",
+                columns=tuple(self.columns[i] for i in (0, *group)),
+                rows=[tuple(row[i] for i in (0, *group)) for row in self.rows],
+            )
+            for number, group in enumerate(groups)
+        ]
 
     def markdown(self) -> str:
         """A heading, the table, the caption."""

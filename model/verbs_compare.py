@@ -70,7 +70,8 @@ def _show(summary: Summary, out: Path, *, as_json: bool) -> None:
     if not console.is_terminal:
         console = Console(width=160)
     for table in tables(summary):
-        console.print(table.rich())
+        for part in table.parts(console.width):
+            console.print(part.rich())
     if summary.missing:
         console.print(f"without a finished run: {', '.join(summary.missing)}")
     if all(arm.name != summary.reference for arm in summary.arms):

@@ -1,7 +1,6 @@
 """The verb `ctr data`: impression logs from public data sets and the simulator."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +32,11 @@ def data() -> None:
 def complete_journey(out: Path, keep_trips: float, as_json: bool) -> None:
     """A year of grocery shopping (The Complete Journey), with schema and training files."""
     from model.datasets.complete_journey import write_complete_journey
+    from model.datasets.journey_files import write_files
 
     with spinner() as say:
         summary = write_complete_journey(out, keep_trips=keep_trips, progress=say)
-    here = Path(__file__).parent / "datasets"
-    for name in ("schema", "train", "baseline", "compare"):
-        shutil.copyfile(here / f"complete_journey_{name}.toml", out / f"{name}.toml")
+    write_files(out)
     splits = {name: vars(count) for name, count in summary.splits.items()}
     if as_json:
         click.echo(json.dumps({"out": str(out), "splits": splits}))

@@ -53,7 +53,7 @@ class TafeOptions(Options):
     heads: int = Field(default=2, ge=1)
     inducing: int = Field(default=2, ge=1)
     patterns: int = Field(default=3, ge=1)
-    pattern_hidden: int = Field(default=80, ge=1)
+    pattern_hidden: int = Field(default=112, ge=1)
     pattern: int = Field(default=48, ge=1)
     head: int = Field(default=32, ge=1)
     indicator: int = Field(default=16, ge=1)

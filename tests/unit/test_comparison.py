@@ -1,5 +1,6 @@
 """What a comparison says, from result files written by hand."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from model.compare_worker import COST, Task
 from model.comparison import frontier, read_results, summarise
 from model.comparison_picture import draw_frontier
-from model.comparison_tables import markdown, tables
+from model.comparison_tables import TextTable, markdown, tables
 from model.config import TrainConfig
 
 SPACES = {"cumulative": ["ctr", "ctcvr"], "conditional": ["cvr_clicked"]}
@@ -242,3 +244,45 @@ def test_picture_has_a_panel_per_cumulative_step(
     with Image.open(tmp_path / "frontier.png") as image:
         width, height = image.size
     assert width > 2 * height
+
+
+WIDE = TextTable(
+    title="Accuracy",
+    caption="Means.",
+    columns=("arm", "auc_first", "auc_second", "auc_third"),
+    rows=[("one", "0.1", "0.2", "0.3"), ("another", "0.4", "0.5", "0.6")],
+)
+
+
+def test_wide_table_is_in_parts_each_with_the_arms() -> None:
+    """Characters: 1, then 7 + 3 of the arms, 9 + 3, 10 + 3 and 9 + 3 of the columns."""
+    parts = WIDE.parts(36)
+
+    assert [part.columns for part in parts] == [
+        ("arm", "auc_first", "auc_second"),
+        ("arm", "auc_third"),
+    ]
+    assert [part.rows for part in parts] == [
+        [("one", "0.1", "0.2"), ("another", "0.4", "0.5")],
+        [("one", "0.3"), ("another", "0.6")],
+    ]
+    assert [part.title for part in parts] == ["Accuracy", "Accuracy, continued"]
+    assert [part.caption for part in parts] == ["", "Means."]
+
+
+@pytest.mark.parametrize(("width", "num_parts"), [(48, 1), (47, 2), (36, 2), (35, 3), (1, 3)])
+def test_parts_are_as_few_as_fit(width: int, num_parts: int) -> None:
+    assert len(WIDE.parts(width)) == num_parts
+
+
+@pytest.mark.parametrize("width", [48, 36, 24])
+def test_no_part_is_cut_on_a_console_of_its_width(width: int) -> None:
+    console = Console(width=width, file=io.StringIO())
+
+    for part in WIDE.parts(width):
+        console.print(part.rich())
+
+    shown = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+    assert "…" not in shown
+    for text in (*WIDE.columns, *(cell for row in WIDE.rows for cell in row)):
+        assert text in shown
