@@ -42,6 +42,7 @@ from model.contract.spec import (
     Numeric,
     Recent,
     TimePart,
+    raw_columns,
 )
 from model.contract.times import SECONDS_PER_DAY
 
@@ -174,28 +175,17 @@ class Encoder:
     def with_recent_statistics(self, columns: Columns, *, time: Floats) -> Columns:
         """The columns, and beside them those of every recent feature whose events are given."""
         made: dict[str, Column | Ragged] = dict(columns)
-        for feature in self._recents:
-            events = columns.get(feature.name)
-            if events is None:
-                continue
-            keys, here = None, None
+        given = [feature for feature in self._recents if columns.get(feature.name) is not None]
+        utc_offset = self._utc_offsets(time) if given else np.empty(0, np.float64)
+        for feature in given:
+            here = None
             if feature.context is not None:
-                keys = self._recent_keys(feature, columns)
                 here = self._hashes(feature.context, columns.get(feature.context), len(time))
-            ragged = as_ragged(feature.name, events, columns.get(f"{feature.name}_time"))
-            values = numbers(feature.name, ragged.values)
-            if not (values >= 0).all():
-                raise EncodeError(feature.name, "expected numbers of 0 or more")
-            numeric = Ragged(
-                values=values,
-                times=ragged.times,
-                offsets=ragged.offsets,
-            )
             made |= recent_statistics(
                 feature,
-                RecentColumn(events=numeric, keys=keys),
+                self._recent_column(feature, columns),
                 time=time,
-                utc_offset=self._utc_offsets(time),
+                utc_offset=utc_offset,
                 here=here,
             )
         return made
@@ -208,13 +198,21 @@ class Encoder:
         Returns:
             Positions of the features in `layout.numerics`, and the values [n, k].
         """
-        given, values = [], []
+        given: list[int] = []
+        values: list[Floats] = []
         for j, name in enumerate(layout.numerics):
             column = self._column(name, columns)
-            if column is not None:
-                given.append(j)
+            if column is None:
+                continue
+            given.append(j)
+            if name in self._features:
                 values.append(self._transform_numeric(name, numbers(name, column), time))
-        return given, np.stack(values, axis=1) if values else np.empty((0, 0))
+            else:  # a statistic of a recent feature is ready as it is
+                values.append(np.asarray(column, np.float64))
+        if not given:
+            return given, np.empty((0, 0), np.float64)
+        # Several times faster than stack for one row of many columns.
+        return given, np.concatenate(values).reshape(len(values), -1).T
 
     def match_keys(self, columns: Columns, *, num_rows: int) -> npt.NDArray[np.uint64]:
         """Key hash of each candidate's attribute for every match feature, uint64 [N, M]."""
@@ -231,14 +229,32 @@ class Encoder:
             keys[:, j] = hashes[attribute]
         return keys
 
-    def _recent_keys(self, feature: Recent, columns: Columns) -> npt.NDArray[np.uint64] | None:
-        name = f"{feature.name}_{feature.context}"
-        column = columns.get(name)
-        if column is None:
-            return None
+    def _recent_column(self, feature: Recent, columns: Columns) -> RecentColumn:
+        name, time_name, *context_name = raw_columns(feature)
+        ragged = as_ragged(name, columns[name], columns.get(time_name))
+        # As a record holds them, so that both sides see equal numbers.
+        values = numbers(name, ragged.values).astype(np.float32).astype(np.float64)
+        if not (values >= 0).all():
+            raise EncodeError(name, "expected numbers of 0 or more")
+        if not np.isfinite(ragged.times).all():
+            raise EncodeError(time_name, f"expected a time for every event of {name}")
+        later = np.flatnonzero(ragged.times[1:] > ragged.times[:-1]) + 1
+        if len(later) and not np.isin(later, ragged.offsets).all():
+            raise EncodeError(time_name, "expected the newest event first")
+        keys = None
+        if context_name and columns.get(context_name[0]) is not None:
+            keys = self._recent_keys(context_name[0], columns[context_name[0]], ragged.offsets)
+        events = Ragged(values=values, times=ragged.times, offsets=ragged.offsets)
+        return RecentColumn(events=events, keys=keys)
+
+    def _recent_keys(
+        self, name: str, column: Column | Ragged, offsets: Ids
+    ) -> npt.NDArray[np.uint64]:
+        ragged = as_ragged(name, column, None)
+        if not np.array_equal(ragged.offsets, offsets):
+            raise EncodeError(name, "expected one value per event")
         if isinstance(column, Ragged):
             return np.asarray(column.values, np.uint64)  # hashed already: from events or a record
-        ragged = as_ragged(name, column, None)
         return self._hashes(name, ragged.values, len(ragged.times))
 
     def _hashes(
@@ -291,8 +307,9 @@ class Encoder:
         if given:
             mean, std = moments
             missing = np.isnan(values)
-            dense[:, given] = np.where(missing, 0.0, (values - mean[given]) / std[given])
-            flags = [len(layout.value_columns) + j for j in given]
+            places = np.array(given, np.int64)
+            dense[:, places] = np.where(missing, 0.0, (values - mean[places]) / std[places])
+            flags = places + len(layout.value_columns)
             dense[:, flags] = (missing - mean[flags]) / std[flags]
 
     def _column(self, name: str, columns: Columns) -> Column | Ragged | None:
@@ -300,9 +317,7 @@ class Encoder:
         return None if name in self._fixed else columns.get(name)
 
     def _transform_numeric(self, name: str, raw: Floats, time: Floats | None) -> Floats:
-        feature = self._features.get(name)
-        if feature is None:  # a statistic of a recent feature, ready as it is
-            return raw
+        feature = self._features[name]
         if isinstance(feature, Elapsed):
             if time is None:
                 return np.full(len(raw), np.nan)
@@ -354,6 +369,8 @@ class Encoder:
 
     def _utc_offsets(self, time: Floats) -> Floats:
         # Offsets change at whole quarters of an hour only; Python is called once per distinct one.
+        if len(time) == 1:
+            return np.array([self._offset(float(np.floor(time[0] / 900.0)) * 900.0)], np.float64)
         quarters, inverse = np.unique(np.floor(time / 900.0), return_inverse=True)
         offsets = [self._offset(float(quarter) * 900.0) for quarter in quarters]
         return np.array(offsets, np.float64)[inverse]

@@ -6,13 +6,16 @@ import numpy as np
 import numpy.typing as npt
 
 from model.contract.columns import Floats, Ids, Ragged
+from model.contract.ids import NO_KEY
 from model.contract.spec import Recent
 from model.contract.times import SECONDS_PER_DAY
 
 NEAR_HOURS = 2.0  # events within so many hours of the request's time of day are "at this hour"
 PRIOR_EVENTS = 2.0  # a mean of few events leans on the user's own mean as if by so many more
+CHUNK_REQUESTS = 8192  # a log is done in parts, to bound the memory
 
 Keys = npt.NDArray[np.uint64]
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,12 +23,24 @@ class RecentColumn:
     """Events of R requests' users, newest first.
 
     Attributes:
-        events: flat values [total] (numbers) and times (unix seconds), offsets [R + 1].
+        events: flat values [total] (float64 of 0 or more) and times (unix seconds), offsets
+            [R + 1].
         keys: uint64 [total], hash of the event's context value; None without a context.
     """
 
     events: Ragged
     keys: Keys | None
+
+    def part(self, start: int, stop: int) -> "RecentColumn":
+        """The events of requests start to stop."""
+        offsets = self.events.offsets[start : stop + 1]
+        flat = slice(int(offsets[0]), int(offsets[-1]))
+        events = Ragged(
+            values=np.asarray(self.events.values)[flat],
+            times=self.events.times[flat],
+            offsets=offsets - offsets[0],
+        )
+        return RecentColumn(events=events, keys=None if self.keys is None else self.keys[flat])
 
 
 def recent_statistics(
@@ -34,105 +49,147 @@ def recent_statistics(
     """The feature's statistics by name, float64 [R] each, NaN where there is nothing to tell.
 
     Counts and days are log1p'd, means are of log1p of the values. A mean of the events at this
-    hour, on this weekday or here is shrunk to that of all the user's events.
+    hour, on this weekday or here is shrunk to that of all the user's events. Where no event is
+    left, everything is NaN: such a user is the same as one of whom nothing is stored.
 
     Args:
         feature: says which statistics.
         column: its events; those after the request's time are left out.
         time: unix seconds of the requests [R].
-        utc_offset: seconds [R] to add for local time.
+        utc_offset: seconds [R] to add for local time, to the events' times as well.
         here: key of each request's context value [R]; None without a context.
     """
+    if len(time) <= CHUNK_REQUESTS:
+        return _statistics(feature, column, time, utc_offset, here)
+    chunks = []
+    for start in range(0, len(time), CHUNK_REQUESTS):
+        stop = min(start + CHUNK_REQUESTS, len(time))
+        there = None if here is None else here[start:stop]
+        part = column.part(start, stop)
+        chunks.append(_statistics(feature, part, time[start:stop], utc_offset[start:stop], there))
+    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
+def _statistics(
+    feature: Recent, column: RecentColumn, time: Floats, utc_offset: Floats, here: Keys | None
+) -> dict[str, Floats]:
     seen = _Seen.of(column, time, max_length=feature.max_length)
     local = time + utc_offset
-    hour = np.abs(_clock(seen.times + utc_offset[seen.row]) - _clock(local)[seen.row])
-    near = np.minimum(hour, 24.0 - hour) <= NEAR_HOURS
-    same_day = _weekday(seen.times + utc_offset[seen.row]) == _weekday(local)[seen.row]
+    event_local = seen.times + utc_offset[seen.row]
+    hour = np.abs(_clock(event_local) - _clock(local)[seen.row])
+    alike = {
+        "hour": np.minimum(hour, 24.0 - hour) <= NEAR_HOURS,
+        "weekday": _weekday(event_local) == _weekday(local)[seen.row],
+    }
     parts: dict[str, Floats] = {}
-    for days in feature.windows_days:
-        within = seen.age_days <= days
-        parts[f"count_{days}"] = seen.count(within)
-        parts[f"mean_{days}"] = seen.mean(within)
-    parts["last"] = seen.at(0, np.log1p(seen.values))
-    parts["gap"] = np.log1p(seen.at(1, seen.age_days) - seen.at(0, seen.age_days))
-    parts["hour_count"], parts["hour_mean"] = seen.count(near), seen.shrunk_mean(near)
-    parts["weekday_count"], parts["weekday_mean"] = seen.count(same_day), seen.shrunk_mean(same_day)
-    if feature.large is not None:
-        parts["large_days"] = seen.days_since(seen.values >= feature.large)
     if feature.context is not None:
-        matching = np.zeros(len(seen.row), np.bool_)
-        if here is not None and seen.keys is not None:
-            matching = (seen.keys == here[seen.row]) & (seen.keys != 0)
-        parts["here_count"], parts["here_mean"] = seen.count(matching), seen.shrunk_mean(matching)
-        parts["here_days"] = seen.days_since(matching)
+        alike["here"] = seen.having(here)
+        parts["here_days"] = seen.days_since(alike["here"])
+    if feature.large is not None:
+        # Values are kept as float32: an event of exactly `large` is a large one.
+        parts["large_days"] = seen.days_since(seen.values >= np.float32(feature.large))
+    parts["last"] = seen.at(0, seen.log_values)
+    parts["gap"] = np.log1p(seen.at(1, seen.age_days) - seen.at(0, seen.age_days))
+    names = [(f"count_{days}", f"mean_{days}") for days in feature.windows_days]
+    prior = [0.0] * len(names) + [PRIOR_EVENTS] * len(alike)
+    names += [(f"{name}_count", f"{name}_mean") for name in alike]
+    within = [seen.age_days <= days for days in feature.windows_days]
+    counts, means = seen.counts_and_means(
+        np.stack([*within, *alike.values()]), prior=np.array(prior, np.float64)
+    )
+    for (count_name, mean_name), count, mean in zip(names, counts, means, strict=True):
+        parts[count_name], parts[mean_name] = count, mean
     return {f"{feature.name}_{name}": values for name, values in parts.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Seen:
-    """Events up to each request's time, flat: row of each, its place among its row's."""
+    """Events up to each request's time, flat and newest first.
 
-    num_rows: int
+    Attributes:
+        row: request of each event [n].
+        number: events of each request [R].
+        start: place of each request's newest event [R].
+        overall: mean log value of each request's events [R], NaN without any.
+    """
+
     row: Ids
-    place: Ids
+    number: Ids
+    start: Ids
     values: Floats
+    log_values: Floats
     times: Floats
     age_days: Floats
     keys: Keys | None
+    overall: Floats
 
     @classmethod
     def of(cls, column: RecentColumn, time: Floats, *, max_length: int) -> "_Seen":
         events = column.events
-        row = np.repeat(np.arange(len(time)), np.diff(events.offsets))
+        row = np.repeat(np.arange(len(time), dtype=np.int64), np.diff(events.offsets))
         keep = np.flatnonzero(events.times <= time[row])
         row = row[keep]
-        starts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=len(time)))[:-1]])
-        place = np.arange(len(row)) - starts[row]
-        fits = place < max_length
-        keep, row, place = keep[fits], row[fits], place[fits]
-        times = events.times[keep]
+        number = np.bincount(row, minlength=len(time))
+        start = np.cumsum(number) - number
+        if number.max(initial=0) > max_length:
+            fits = np.arange(len(row)) - start[row] < max_length
+            keep, row = keep[fits], row[fits]
+            number = np.minimum(number, max_length)
+            start = np.cumsum(number) - number
+        times, values = events.times[keep], np.asarray(events.values, np.float64)[keep]
+        log_values = np.log1p(values)
+        with np.errstate(invalid="ignore"):
+            overall: Floats = np.bincount(row, log_values, len(time)) / number
         return cls(
-            num_rows=len(time),
             row=row,
-            place=place,
-            values=np.asarray(events.values, np.float64)[keep],
+            number=number,
+            start=start,
+            values=values,
+            log_values=log_values,
             times=times,
             age_days=(time[row] - times) / SECONDS_PER_DAY,
             keys=None if column.keys is None else column.keys[keep],
+            overall=overall,
         )
 
-    def count(self, mask: npt.NDArray[np.bool_]) -> Floats:
-        counts: Floats = np.log1p(np.bincount(self.row[mask], minlength=self.num_rows))
-        return counts
+    def having(self, here: Keys | None) -> Mask:
+        """Which events have the request's key; no key is like no other."""
+        if here is None or self.keys is None:
+            return np.zeros(len(self.row), np.bool_)
+        matching: Mask = (self.keys == here[self.row]) & (self.keys != NO_KEY)
+        return matching
 
-    def mean(self, mask: npt.NDArray[np.bool_]) -> Floats:
-        total, number = self._sums(mask)
+    def counts_and_means(self, masks: Mask, *, prior: Floats) -> tuple[Floats, Floats]:
+        """Of the events of each of k masks [k, n], [k, R] each.
+
+        log1p of their number (NaN where the request has no event at all), and their mean, as if
+        `prior` [k] events of the request's usual size were among them.
+        """
+        num_rows, shape = len(self.number), (len(masks), len(self.number))
+        which, event = np.nonzero(masks)
+        cell = which * num_rows + self.row[event]
+        size = shape[0] * shape[1]
+        number = np.bincount(cell, minlength=size).reshape(shape).astype(np.float64)
+        total = np.bincount(cell, self.log_values[event], size).reshape(shape)
+        added = prior[:, None]
         with np.errstate(invalid="ignore"):
-            mean: Floats = total / number
-        return mean
+            means: Floats = (total + added * self.overall) / (number + added)
+        return np.log1p(np.where(self.number > 0, number, np.nan)), means
 
-    def shrunk_mean(self, mask: npt.NDArray[np.bool_]) -> Floats:
-        overall = self.mean(np.ones(len(self.row), np.bool_))
-        total, number = self._sums(mask)
-        shrunk: Floats = (total + PRIOR_EVENTS * overall) / (number + PRIOR_EVENTS)
-        return shrunk
-
-    def days_since(self, mask: npt.NDArray[np.bool_]) -> Floats:
-        days = np.full(self.num_rows, np.inf)
-        np.minimum.at(days, self.row[mask], self.age_days[mask])
-        return np.log1p(np.where(np.isinf(days), np.nan, days))
+    def days_since(self, mask: Mask) -> Floats:
+        """log1p of the age of the newest of those events, NaN where there is none."""
+        found = np.full(len(self.number), np.nan)
+        oldest_first = np.flatnonzero(mask)[::-1]  # of the events of one row, the last write stays
+        found[self.row[oldest_first]] = self.age_days[oldest_first]
+        days: Floats = np.log1p(found)
+        return days
 
     def at(self, place: int, values: Floats) -> Floats:
         """The place-th newest event's value, NaN where there are fewer."""
-        found = np.full(self.num_rows, np.nan)
-        mask = self.place == place
-        found[self.row[mask]] = values[mask]
+        found = np.full(len(self.number), np.nan)
+        enough = self.number > place
+        found[enough] = values[self.start[enough] + place]
         return found
-
-    def _sums(self, mask: npt.NDArray[np.bool_]) -> tuple[Floats, Floats]:
-        row = self.row[mask]
-        total = np.bincount(row, np.log1p(self.values[mask]), self.num_rows).astype(np.float64)
-        return total, np.bincount(row, minlength=self.num_rows).astype(np.float64)
 
 
 def _clock(local: Floats) -> Floats:
