@@ -119,18 +119,23 @@ class OptimizerConfig(_Section):
     """Adam and the order of rows.
 
     Models with id tables over-fit from the second epoch on, on the real data as in the literature:
-    one epoch is the default, with a rate that falls linearly to its end.
+    one epoch is the default, with a rate that falls linearly to its end. With `fresh_embeddings`
+    the tables start anew at each epoch, so that further epochs train the layers above without
+    learning the training rows by heart.
 
     Attributes:
         batch_rows: the largest batch; smaller logs get smaller ones, down to 64 rows, and then more
             epochs, up to 10, until there are `min_steps` steps.
         embedding_decay, dense_decay: decoupled weight decay per step, as a share of the rate.
+        fresh_embeddings: whether the id tables are drawn anew at the start of each further epoch.
+            Source: multi-epoch learning by re-initialised embeddings (arXiv 2305.19531) [memory].
         drop_record_share: share of requests trained without their user record.
         drop_id_share: share of item ids trained as unknown.
         average_decay: of the running average of weights that is evaluated and kept; 0 keeps the
             weights themselves.
         evaluations_per_epoch: how often validation is scored, and a checkpoint written.
-        patience: evaluations without a better validation loss before the end.
+        patience: evaluations without a better validation loss before the end; with fresh
+            embeddings it should be no less than `evaluations_per_epoch`.
         keep: which weights: "best" has the lowest validation loss, the sum of the cumulative steps'
             normalised entropies; "last" trains to the end whatever the validation says. Objectives
             that trade the cumulative probabilities for the conditional ones (ipw, dr) need "last".
@@ -144,7 +149,8 @@ class OptimizerConfig(_Section):
     dense_decay: float = Field(default=0.0, ge=0)
     max_epochs: int = Field(default=1, ge=1)
     min_steps: int = Field(default=1000, ge=0)
-    patience: int = Field(default=3, ge=1)
+    fresh_embeddings: bool = True
+    patience: int = Field(default=4, ge=1)
     keep: Literal["best", "last"] = "best"
     evaluations_per_epoch: int = Field(default=4, ge=1)
     drop_record_share: float = Field(default=0.03, ge=0, lt=1)

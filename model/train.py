@@ -28,7 +28,7 @@ from model.criterion import Criterion
 from model.dataset import EncodedData, EncodedSplit
 from model.metrics import chain_metrics, space_names
 from model.nets import build_net
-from model.nets.layers import Net, NetInput, NetSpec
+from model.nets.layers import FieldEmbedding, Net, NetInput, NetSpec
 
 CHECKPOINT = "checkpoint.pt"
 PREDICT_ROWS = 16384
@@ -209,6 +209,8 @@ class _Run:
             if epoch != epoch_of_order:
                 rng = np.random.default_rng([options.seed, epoch])
                 order, epoch_of_order = rng.permutation(len(self._train)), epoch
+            if epoch and not place and options.fresh_embeddings:
+                self._draw_embeddings(epoch)
             rows = order[place * self.batch_rows : (place + 1) * self.batch_rows]
             loss = self._step(rows, last_step)
             running = loss if not running else 0.98 * running + 0.02 * loss
@@ -296,6 +298,22 @@ class _Run:
         self.optimizer.step()
         self._update_average()
         return value
+
+    def _draw_embeddings(self, epoch: int) -> None:
+        """New id tables for an epoch, in the average, too; the optimiser forgets the old ones."""
+        # They score worse at first than the old ones did at last: patience begins anew.
+        self.state.stale = 0
+        torch.manual_seed(self.config.optimizer.seed * 1_000_003 - epoch)
+        for module in self.net.modules():
+            if isinstance(module, FieldEmbedding):
+                module.reset()
+        tables = zip(
+            self.net.embedding_parameters(), self.average.embedding_parameters(), strict=True
+        )
+        with torch.no_grad():
+            for table, average in tables:
+                average.copy_(table)
+                self.optimizer.state.pop(table, None)
 
     def _update_average(self) -> None:
         """Moves the average towards the weights; at first it nearly follows them."""

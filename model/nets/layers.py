@@ -176,7 +176,7 @@ class FieldEmbedding(nn.Module):
         sizes = {**spec.request_tables, **spec.candidate_tables}
         starts = dict(zip(sizes, _running_sums(list(sizes.values())), strict=True))
         self.table = nn.Embedding(sum(sizes.values()), width)
-        nn.init.normal_(self.table.weight, std=1.0 / math.sqrt(width) / 10.0)
+        self.reset()
         self.width = width
         self.lengths = [length for _, length in spec.histories]
         for side, tables in (
@@ -186,6 +186,11 @@ class FieldEmbedding(nn.Module):
             self._remember(side, [sizes[n] for n in tables], [starts[n] for n in tables])
         shared = [name for name, length in spec.histories for _ in range(length)]
         self._remember("history", [sizes[n] for n in shared], [starts[n] for n in shared])
+
+    def reset(self) -> None:
+        """Draws the table anew, from torch's own generator."""
+        width = self.table.embedding_dim
+        nn.init.normal_(self.table.weight, std=1.0 / math.sqrt(width) / 10.0)
 
     def request(self, inputs: NetInput) -> Tensor:
         """Request fields, then histories: [R, F, D]; a history is the mean of its present ids."""

@@ -34,11 +34,11 @@ from model.history import AsOf
 from model.logs import read_log
 from model.metrics import auc
 from model.nets import ARCHITECTURES, build_net
-from model.nets.layers import Net, NetSpec
+from model.nets.layers import FieldEmbedding, Net, NetSpec
 from model.objectives import OBJECTIVES
 from model.run import EVALUATION, read_run, write_config, write_run
 from model.tables import Tables
-from model.train import CHECKPOINT, Metrics, Progress, TrainResult, predict, train
+from model.train import CHECKPOINT, Metrics, Progress, TrainResult, _Run, predict, train
 
 HOUR, DAY = 3_600, 86_400
 NUM_REQUESTS, PER_REQUEST, NUM_DAYS = 1_000, 4, 40
@@ -596,6 +596,49 @@ def test_a_run_killed_between_evaluations_resumes_to_the_same_weights(
 
     assert same_weights(resumed.net, trained.result.net)
     assert resumed.state.evaluations == trained.result.state.evaluations
+
+
+@pytest.mark.parametrize(("is_fresh", "expected"), [(True, 3), (False, 1)])
+def test_id_tables_start_anew_at_each_further_epoch(
+    trained: Trained,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_fresh: bool,
+    expected: int,
+) -> None:
+    drawn = []
+    reset = FieldEmbedding.reset
+
+    def counted(self: FieldEmbedding) -> None:
+        drawn.append(self)
+        reset(self)
+
+    monkeypatch.setattr(FieldEmbedding, "reset", counted)
+
+    config = make_config(trained.path, max_epochs=3, patience=99, fresh_embeddings=is_fresh)
+    fit(config, trained.data, tmp_path)
+
+    assert len(drawn) == expected
+
+
+def test_fresh_id_tables_are_near_zero_while_the_layers_above_stay(
+    trained: Trained, tmp_path: Path
+) -> None:
+    config = make_config(trained.path, max_epochs=2, learning_rate=1e-12)
+    run = _Run(config, trained.data, run_dir=tmp_path, progress=quiet())
+    with torch.no_grad():
+        for parameter in run.net.parameters():
+            parameter.fill_(5.0)
+
+    run._draw_embeddings(1)
+
+    tables = {id(parameter) for parameter in run.net.embedding_parameters()}
+    for parameter, average in zip(run.net.parameters(), run.average.parameters(), strict=True):
+        if id(parameter) in tables:
+            assert 0.0 < float(parameter.detach().abs().max()) < 0.5
+            assert torch.equal(parameter, average)
+        else:
+            assert bool((parameter == 5.0).all())
 
 
 def test_a_run_killed_while_evaluating_resumes_to_the_same_weights(
