@@ -12,14 +12,14 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from model.compare import Plan, execute, load_compare, make_plan
-from model.compare_worker import Task
-from model.comparison import Summary, read_json, summarise
-from model.comparison_tables import markdown, tables
+from model.comparison.plan import Plan, execute, load_compare, make_plan
+from model.comparison.pool import Report
+from model.comparison.results import Summary, read_json, summarise
+from model.comparison.tables import markdown, tables
+from model.comparison.worker import Task
 from model.console import without_nan
 from model.contract.errors import TrainError
 from model.verbs import CACHE, JSON, PATH
-from model.workers import Report
 
 SUMMARY, MARKDOWN, PICTURE = "summary.json", "table.md", "frontier.png"
 
@@ -56,7 +56,7 @@ def compare(
 
 
 def _show(summary: Summary, out: Path, *, as_json: bool) -> None:
-    from model.comparison_picture import draw_frontier
+    from model.comparison.picture import draw_frontier
 
     content = without_nan(summary.dump())
     (out / SUMMARY).write_text(json.dumps(content, indent=1))

@@ -18,11 +18,11 @@ from conftest import StartApp
 from fakes import FailingStore
 
 from model import export, verbs
-from model.compare import CompareConfig, Plan, make_plan
-from model.compare_worker import do
-from model.comparison import summarise
-from model.comparison_picture import draw_frontier
-from model.comparison_tables import markdown
+from model.comparison.picture import draw_frontier
+from model.comparison.plan import CompareConfig, Plan, make_plan
+from model.comparison.results import summarise
+from model.comparison.tables import markdown
+from model.comparison.worker import do
 from model.config import GatesConfig
 from model.contract.bundle import read_bundle
 from model.contract.spec import load_schema

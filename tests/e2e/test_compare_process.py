@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner
 from test_verbs_process import write_tables
 
-from model.compare import load_compare, make_plan
-from model.compare_worker import do
-from model.comparison import read_draws
+from model.comparison.plan import load_compare, make_plan
+from model.comparison.results import read_draws
+from model.comparison.worker import do
 from model.verbs_compare import compare
 
 pytestmark = pytest.mark.process

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import tiny
 
-from model.boosting import BoostedChain, BoostingOptions, ColumnPlan, fit_chain, step_rows
+from model.comparison.boosting import (
+    BoostedChain,
+    BoostingOptions,
+    ColumnPlan,
+    fit_chain,
+    step_rows,
+)
 from model.contract.encode import Encoder
 from model.contract.errors import TrainError
 from model.dataset import EncodedData, EncodedSplit

@@ -3,7 +3,7 @@ import numpy.typing as npt
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from model.bootstrap import SEED, drawn_metrics
+from model.comparison.bootstrap import SEED, drawn_metrics
 from model.contract.spec import Schema, parse_schema
 from model.logs import Labels
 from model.metrics import log_loss, ne

@@ -16,10 +16,10 @@ import polars as pl
 import pytest
 import tomli_w
 
-from model.compare import CompareConfig, Plan, execute, load_compare, make_plan
-from model.compare_worker import Task, claim_run_dir
+from model.comparison.plan import CompareConfig, Plan, execute, load_compare, make_plan
+from model.comparison.pool import Report, run_tasks
+from model.comparison.worker import Task, claim_run_dir
 from model.contract.errors import SpecError
-from model.workers import Report, run_tasks
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG: dict[str, Any] = {
@@ -295,7 +295,7 @@ def test_interrupt_ends_the_workers(stuck: tuple[Task, Path]) -> None:
 def test_worker_ends_when_its_parent_is_gone(stuck: tuple[Task, Path]) -> None:
     """However the parent ended, its end of the pipe is closed."""
     task, fifo = stuck
-    command = [sys.executable, "-m", "model.compare_worker", task.model_dump_json()]
+    command = [sys.executable, "-m", "model.comparison.worker", task.model_dump_json()]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=ROOT
     ) as worker:

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from model.compare_worker import COST, Task
-from model.comparison import frontier, read_results, summarise
-from model.comparison_picture import draw_frontier
-from model.comparison_tables import TextTable, markdown, tables
+from model.comparison.picture import draw_frontier
+from model.comparison.results import frontier, read_results, summarise
+from model.comparison.tables import TextTable, markdown, tables
+from model.comparison.worker import COST, Task
 from model.config import TrainConfig
 
 SPACES = {"cumulative": ["ctr", "ctcvr"], "conditional": ["cvr_clicked"]}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import model
-from model.compare import Arm, load_compare
+from model.comparison.plan import Arm, load_compare
 from model.config import TrainConfig, load_config
 from model.contract.encode import Encoder
 from model.contract.spec import Categorical, FittedSchema, load_schema

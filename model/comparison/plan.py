@@ -1,7 +1,7 @@
 """`ctr compare`: arms times seeds on one data set, each run in a process; finished runs are kept.
 
-Knows what is to be run and what is finished; what a run does is `compare_worker`'s business, what
-the results say `comparison`'s.
+Knows what is to be run and what is finished; what a run does is `worker`'s business,
+what the results say is `results`'s.
 """
 
 import hashlib
@@ -16,14 +16,14 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from model.boosting import BoostingOptions
-from model.compare_worker import COST, Task
-from model.comparison import read_draws, read_json
+from model.comparison.boosting import BoostingOptions
+from model.comparison.pool import Report, run_tasks
+from model.comparison.results import read_draws, read_json
+from model.comparison.worker import COST, Task
 from model.config import TrainConfig, load_config
 from model.contract.errors import SpecError
 from model.contract.spec import describe_errors, load_schema
 from model.dataset import cache_key, is_cached
-from model.workers import Report, run_tasks
 
 RESULT_VERSION = 1  # of the result files and of what is measured; older results are made again
 

@@ -1,4 +1,4 @@
-"""One task of a comparison, in a process of its own: `python -m model.compare_worker TASK`.
+"""One task of a comparison, in a process of its own: `python -m model.comparison.worker TASK`.
 
 TASK is JSON. Lines of JSON go to the parent on stdout: {"say": text} and, at a failure that is
 understood, {"error": text}; everything else that is printed goes to stderr. The process ends when
@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
-from model.boosting import BoostedChain, BoostingOptions, fit_chain
-from model.bootstrap import drawn_metrics
+from model.comparison.boosting import BoostedChain, BoostingOptions, fit_chain
+from model.comparison.bootstrap import drawn_metrics
 from model.config import TrainConfig
 from model.console import without_nan
 from model.contract.encode import Encoder

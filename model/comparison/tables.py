@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from rich.table import Table
 
-from model.comparison import ArmSummary, Estimate, Summary
+from model.comparison.results import ArmSummary, Estimate, Summary
 
 Cell = Callable[[ArmSummary], str]
 

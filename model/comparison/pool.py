@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import model
-from model.compare_worker import Task
+from model.comparison.worker import Task
 
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -112,7 +112,7 @@ class _Processes:
             if self._is_stopped:
                 return None
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "model.compare_worker", task.model_dump_json()],
+                [sys.executable, "-P", "-m", "model.comparison.worker", task.model_dump_json()],
                 stdin=subprocess.PIPE,  # kept open: its end tells the worker to end
                 stdout=subprocess.PIPE,
                 stderr=stderr,

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from model.comparison import ArmSummary, Summary
+from model.comparison.results import ArmSummary, Summary
 
 KEPT, OTHER = "#1b5e8c", "#8a8a8a"
 # Where a name may stand, as (right, up) in points from its dot, the nearest first.

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from model.bootstrap import DrawnMetrics
-from model.compare_worker import COST, Task
+from model.comparison.bootstrap import DrawnMetrics
+from model.comparison.worker import COST, Task
 
 INTERVAL = (0.025, 0.975)
 
