@@ -91,6 +91,7 @@ class CompareConfig(_Section):
 
     Attributes:
         config: the base run's configuration, relative to the file.
+        overrides: `set` in the file, of all networks, before the arm's own.
         reference: the arm that differences are taken to.
         draws: of users, for the intervals.
         sort_by: metric that orders the table; the AUC of the last step on all impressions when
@@ -98,6 +99,7 @@ class CompareConfig(_Section):
     """
 
     config: Path
+    overrides: tuple[str, ...] = Field(default=(), alias="set")
     reference: str
     seeds: tuple[int, ...] = Field(default=(1, 2, 3), min_length=1)
     draws: int = Field(default=300, ge=20)
@@ -179,7 +181,7 @@ def make_plan(config: CompareConfig, *, out: Path, cache: Path, only: Sequence[s
     for name, arm in arms.items():
         runs[name] = []
         for seed in config.seeds:
-            run = _run_config(config.config, arm, seed)
+            run = _run_config(config, arm, seed)
             described = json.dumps([run.data.model_dump(mode="json"), run.split.model_dump()])
             if described not in data_keys:
                 data_keys[described] = cache_key(run, load_schema(run.data.schema_file))
@@ -245,11 +247,12 @@ def _prepare(tasks: Sequence[Task], *, num_threads: int, report: Report) -> dict
     return run_tasks(list(reversed(lacking.values())), num_workers=1, report=report)
 
 
-def _run_config(base: Path, arm: Arm, seed: int) -> TrainConfig:
-    if any(entry.partition("=")[0].strip() == "optimizer.seed" for entry in arm.overrides):
+def _run_config(config: CompareConfig, arm: Arm, seed: int) -> TrainConfig:
+    overrides = (*config.overrides, *arm.overrides)
+    if any(entry.partition("=")[0].strip() == "optimizer.seed" for entry in overrides):
         raise SpecError(f"arm {arm.name!r} sets optimizer.seed, which 'seeds' does", where=arm.name)
     try:
-        return load_config(base, overrides=[*arm.overrides, f"optimizer.seed={seed}"])
+        return load_config(config.config, overrides=[*overrides, f"optimizer.seed={seed}"])
     except SpecError as exc:
         raise SpecError(f"arm {arm.name!r}: {exc}", where=arm.name) from exc
 
