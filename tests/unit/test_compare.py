@@ -102,6 +102,15 @@ def test_arm_whose_data_fail_does_not_stop_the_preparation_of_others(path: Path)
     assert "user_id" in failures["data of other"]
 
 
+def test_common_overrides_come_before_an_arms_own(path: Path) -> None:
+    arms = [{"name": "a"}, {"name": "b", "set": ["optimizer.max_epochs=3"]}]
+    rewrite(path, arms=arms, reference="a", set=["optimizer.max_epochs=2", "net.architecture=ple"])
+
+    runs = plan_of(path).runs
+    assert [runs[name][0].config.optimizer.max_epochs for name in "ab"] == [2, 3]
+    assert [runs[name][0].config.net.architecture for name in "ab"] == ["ple", "ple"]
+
+
 def test_grid_is_the_cross_product(path: Path) -> None:
     grid = {"architectures": ["tafe", "shared_bottom"], "objectives": ["e2e"]}
     rewrite(path, arms=[], grid=grid, reference="tafe+e2e")
