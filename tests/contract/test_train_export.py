@@ -74,6 +74,15 @@ SCHEMA: dict[str, Any] = {
         },
         {"name": "recent", "kind": "history", "of": "item_id", "max_length": 5},
         {
+            "name": "clicks",
+            "kind": "recent",
+            "column": "discount",
+            "context": "device",
+            "windows_days": [7],
+            "large": 0.5,
+            "max_length": 4,
+        },
+        {
             "name": "item_id",
             "kind": "hashed",
             "scope": "item",
@@ -92,6 +101,13 @@ SCHEMA: dict[str, Any] = {
                 "attribute": "item_id",
                 "whole_periods": 2,
             },
+        },
+        {
+            "name": "buyers",
+            "kind": "numeric",
+            "scope": "item",
+            "source": "items",
+            "statistic": {"event": "buy", "aggregate": "users", "attribute": "item_id"},
         },
         {"name": "discount", "kind": "numeric", "scope": "cross", "source": "request"},
         {
@@ -177,7 +193,8 @@ def write_shop(path: Path) -> None:
     towns = [None if i % 10 == 0 else "north" if i % 2 else "south" for i in range(NUM_USERS)]
     users = pl.DataFrame({"user_id": np.arange(NUM_USERS), "town": towns})
     impressions.write_parquet(path / "impressions.parquet")
-    events.select("user_id", "item_id", "event", "time").write_parquet(path / "events.parquet")
+    columns = ("user_id", "item_id", "event", "time", "device", "discount")
+    events.select(columns).write_parquet(path / "events.parquet")
     items.write_parquet(path / "items.parquet")
     users.write_parquet(path / "users.parquet")
     (path / "schema.toml").write_text(tomli_w.dumps(SCHEMA))
