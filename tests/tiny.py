@@ -5,7 +5,7 @@ column of the blocks moves each output.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from model.contract.bundle import (
 from model.contract.encode import Encoder
 from model.contract.ids import hash_ids
 from model.contract.record import HistoryEntries, MatchEntries, RecentEntries, UserRecord
-from model.contract.spec import FittedSchema, Moments, Schema, parse_schema
+from model.contract.spec import Feature, FittedSchema, Moments, Schema, parse_schema
 
 NOON = 1_700_049_600.0  # 2023-11-15T12:00:00Z, a Wednesday
 NOON_TEXT = "2023-11-15T12:00:00Z"
@@ -126,6 +126,12 @@ VOCABULARIES = {
 
 def schema() -> Schema:
     return parse_schema(SCHEMA_CONTENT)
+
+
+def feature_kinds() -> set[str]:
+    """Every kind of feature that the contract knows."""
+    union, *_ = get_args(Feature)
+    return {kind.model_fields["kind"].default for kind in get_args(union)}
 
 
 def fitted_schema() -> FittedSchema:

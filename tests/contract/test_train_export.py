@@ -23,7 +23,7 @@ from model.config import TrainConfig
 from model.contract.bundle import PARITY_ABSOLUTE, PARITY_RELATIVE, Bundle, read_bundle
 from model.contract.encode import Encoder
 from model.contract.errors import GateError, LogError, ParityError, SpecError, TrainError
-from model.contract.record import look_up, pack_record, unpack_record
+from model.contract.record import pack_record, unpack_record
 from model.contract.spec import FIRST_CODE, FittedSchema, load_schema, parse_schema
 from model.contract.store_columns import StoreColumns
 from model.dataset import EncodedData, EncodedSplit, load_data
@@ -39,6 +39,8 @@ from model.objectives import OBJECTIVES
 from model.run import EVALUATION, read_run, write_config, write_run
 from model.tables import Tables
 from model.train import CHECKPOINT, Metrics, Progress, TrainResult, predict, train
+from service.features import Candidates, FeatureSource, GivenColumn
+from service.items import load_item_table
 
 HOUR, DAY = 3_600, 86_400
 NUM_REQUESTS, PER_REQUEST, NUM_DAYS = 1_000, 4, 40
@@ -330,9 +332,7 @@ def same_weights(first: Net, second: Net) -> bool:
 def test_the_shop_has_every_kind_of_feature() -> None:
     kinds = {feature["kind"] for feature in SCHEMA["features"]}
 
-    assert kinds == {
-        *("categorical", "hashed", "numeric", "time_part", "elapsed", "history", "match")
-    }
+    assert kinds == tiny.feature_kinds()
 
 
 def test_t46_splits_hold_every_row_once(trained: Trained) -> None:
@@ -1139,7 +1139,7 @@ def test_a_bundle_tells_the_gates_it_failed(
 
 @pytest.mark.parametrize("request_id", [850, 900, 990])
 def test_a_record_and_a_snapshot_encode_to_the_trainer_s_row(
-    trained: Trained, request_id: int
+    trained: Trained, request_id: int, tmp_path: Path
 ) -> None:
     """What the store and the item table would hold at a test request's time."""
     log = pl.read_parquet(trained.path / "impressions.parquet")
@@ -1151,23 +1151,23 @@ def test_a_record_and_a_snapshot_encode_to_the_trainer_s_row(
     user = rows["user_id"][0]
     ((_, made),) = as_of.user_records(float(time[0]), max_keys=100, only=pl.Series([user]))
     record = unpack_record(pack_record(made))
-    items = rows.join(
-        as_of.item_snapshot(float(time[0])), on="item_id", how="left", maintain_order="left"
-    )
+    assert len(record.recents["clicks"].times) > 0
+    as_of.item_snapshot(float(time[0])).write_parquet(tmp_path / "items.parquet")
     encoder = trained.encoder
+    source = FeatureSource(encoder, load_item_table(tmp_path / "items.parquet", encoder))
 
-    columns: dict[str, Any] = {name: [value] for name, value in record.features.items()}
-    columns |= {"device": [rows["device"][0]]}
-    if "recent" in record.histories:
-        columns["recent"] = [list(record.histories["recent"].ids)]
-        columns["recent_time"] = [record.histories["recent"].times.tolist()]
-    request = encoder.request_block(columns, time=time)
-    raw = {name: items[name].to_list() for name in ("item_id", "brand", "sales", "discount")}
-    keys = encoder.match_keys(raw, num_rows=len(rows))
-    for j, name in enumerate(encoder.candidate_layout.matches):
-        counts, last_times = look_up(record.matches.get(name), keys[:, j])
-        raw[f"{name}_count"], raw[f"{name}_last_time"] = counts, last_times
-    candidate = encoder.candidate_block(raw, time=np.repeat(time, len(rows)))
+    encoded = source.encode(
+        user_id=user,
+        time=float(time[0]),
+        context={"device": rows["device"][0]},
+        user_features={},
+        candidates=Candidates(
+            item_ids=rows["item_id"].to_list(),
+            columns={"discount": GivenColumn(values=rows["discount"].fill_nan(None).to_list())},
+        ),
+        record=record,
+    )
+    request, candidate = encoded.blocks.request, encoded.blocks.candidate
 
     split = trained.data.splits["test"]
     first_row = log.height - len(split)
