@@ -32,7 +32,7 @@ from model.history import AsOf
 from model.logs import SPLITS, TIME, USER, ImpressionLog, Labels, read_log, unix_seconds
 from model.tables import Tables
 
-CACHE_VERSION = 6
+CACHE_VERSION = 7
 
 Rows = npt.NDArray[np.int64]
 Progress = Callable[[str], None]

@@ -14,7 +14,7 @@ import polars as pl
 
 from model.contract.columns import Ragged
 from model.contract.errors import LogError
-from model.contract.ids import canonical_id, canonical_ids, hash_id, hash_ids
+from model.contract.ids import canonical_ids, hash_ids
 from model.contract.log_spec import EventStatistic
 from model.contract.record import HistoryEntries, MatchEntries, RecentEntries, UserRecord
 from model.contract.spec import (
@@ -40,6 +40,7 @@ from model.logs import (
 from model.tables import Tables, recent_features
 
 Floats = npt.NDArray[np.float64]
+Keys = npt.NDArray[np.uint64]
 
 
 class AsOf:
@@ -50,6 +51,7 @@ class AsOf:
         self.tables = tables
         self._totals: dict[tuple[str, tuple[str, ...]], pl.DataFrame] = {}
         self._item_totals: dict[tuple[str | None, ...], pl.DataFrame] = {}
+        self._recent: dict[str, tuple[pl.DataFrame, Keys | None]] = {}
 
     def attribute_rows(
         self, table: pl.DataFrame, on: str, ids: pl.Series, time: Floats
@@ -106,25 +108,33 @@ class AsOf:
 
     def recent(self, feature: Recent, log: pl.DataFrame) -> dict[str, Ragged]:
         """The newest events' numbers, times and context keys, by raw column name, newest first."""
-        events = self._events(feature.events)
-        events = events.filter(pl.col(feature.column).is_not_null())
-        events = events.sort(USER, TIME, maintain_order=True)
+        events, keys = self._recent_events(feature)
         rows, offsets = self._newest(events, log, feature.max_length)
-        times = events[TIME].to_numpy()[rows]
-
-        def ragged(values: npt.NDArray[Any]) -> Ragged:  # Any: numbers, or keys as uint64
-            return Ragged(values=values[rows], times=times, offsets=offsets)
-
         # As the record holds them: whole seconds and float32, so that both sides see equal numbers.
-        times = np.floor(times)
+        times = np.floor(events[TIME].to_numpy()[rows])
+        values = events[feature.column].cast(pl.Float32).to_numpy()
+
+        def ragged(flat: npt.NDArray[Any]) -> Ragged:  # Any: numbers, or keys as uint64
+            return Ragged(values=flat[rows], times=times, offsets=offsets)
+
         names = raw_columns(feature)
-        columns = {names[0]: ragged(events[feature.column].cast(pl.Float32).to_numpy())}
-        if feature.context is not None:
-            context = events[feature.context]
-            hashes = {v: hash_id(canonical_id(v)) for v in context.unique().to_list()}
-            keys = np.fromiter((hashes[v] for v in context.to_list()), np.uint64, len(context))
+        columns = {names[0]: ragged(values)}
+        if keys is not None:
             columns[names[2]] = ragged(keys)
         return columns
+
+    def _recent_events(self, feature: Recent) -> tuple[pl.DataFrame, Keys | None]:
+        """Events with a number, by user and time, and the keys of their context values."""
+        if feature.name not in self._recent:
+            events = self._events(feature.events)
+            events = events.filter(pl.col(feature.column).is_not_null())
+            events = events.sort(USER, TIME, maintain_order=True)
+            keys = None
+            if feature.context is not None:
+                distinct, index = _distinct(events[feature.context])
+                keys = hash_ids(canonical_ids(distinct))[index]
+            self._recent[feature.name] = events.select(USER, TIME, feature.column), keys
+        return self._recent[feature.name]
 
     def _newest(
         self, events: pl.DataFrame, log: pl.DataFrame, max_length: int
@@ -195,7 +205,9 @@ class AsOf:
                         if ragged.offsets[i] < ragged.offsets[i + 1]
                     },
                     recents={
-                        name: _recent_entries(columns, i) for name, columns in recents.items()
+                        name: entries
+                        for name, columns in recents.items()
+                        if len((entries := _recent_entries(columns, i)).times)
                     },
                 ),
             )
@@ -382,6 +394,16 @@ def _recent_entries(columns: dict[str, Ragged], i: int) -> RecentEntries:
         times=events.times[part].astype(np.int64),
         keys=np.asarray(keys[0].values if keys else [], np.uint64)[part],
     )
+
+
+def _distinct(series: pl.Series) -> tuple[list[object], npt.NDArray[np.int64]]:
+    """Distinct values, null among them if it is there, and each row's place among them."""
+    distinct = series.unique(maintain_order=True)
+    places = distinct.to_frame("v").with_row_index("i")
+    joined = series.to_frame("v").join(
+        places, on="v", how="left", maintain_order="left", nulls_equal=True
+    )
+    return distinct.to_list(), joined["i"].to_numpy().astype(np.int64)
 
 
 def _float(series: pl.Series) -> Floats:

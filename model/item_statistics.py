@@ -25,7 +25,8 @@ def item_totals(events: pl.DataFrame, statistic: EventStatistic, *, schema: Sche
     """
     value = pl.col(statistic.column) if statistic.column is not None else pl.lit(1.0)
     if statistic.aggregate == "users":
-        events = events.sort(TIME).unique([USER, KEY], keep="first", maintain_order=True)
+        events = events.filter(pl.col(USER).is_not_null()).sort(TIME)
+        events = events.unique([USER, KEY], keep="first", maintain_order=True)
     return (
         events.select(KEY, _period_of(events[TIME].to_numpy(), schema), value.alias("_value"))
         .filter(pl.col("_value").is_not_null())

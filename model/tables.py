@@ -34,11 +34,13 @@ class Tables:
         if events is not None:
             raw = read_table(events)
             _require(raw, (log.user_id, log.item_id, log.time, "event"), events)
-            columns = {s.column for s in _statistics(schema) if s.column is not None}
-            for recent in recent_features(schema):
-                columns |= {c for c in (recent.column, recent.context) if c is not None}
-            _require(raw, sorted(columns), events)
+            values = {s.column for s in _statistics(schema) if s.column is not None}
+            values |= {recent.column for recent in recent_features(schema)}
+            contexts = {r.context for r in recent_features(schema) if r.context is not None}
+            _require(raw, sorted(values | contexts), events)
             event_frame = raw.with_columns(
+                *(_numbers(raw[name], path=events) for name in sorted(values - contexts)),
+                *(integral_ids(raw[name], path=events) for name in sorted(contexts)),
                 integral_ids(raw[log.user_id], path=events).alias(USER),
                 integral_ids(raw[log.item_id], path=events).alias(ITEM),
                 pl.Series(TIME, unix_seconds(raw[log.time])),
@@ -59,6 +61,18 @@ def _statistics(schema: Schema) -> Iterator[EventStatistic]:
     for feature in schema.features:
         if isinstance(feature, Numeric | Elapsed) and feature.statistic is not None:
             yield feature.statistic
+
+
+def _numbers(series: pl.Series, *, path: Path) -> pl.Series:
+    """Float64, null for NaN: one in a running total would be in all that follow."""
+    if not (series.dtype.is_numeric() or series.dtype == pl.Boolean):
+        raise LogError(
+            f"{path}: column {series.name!r} is {series.dtype}, expected numbers", path=path
+        )
+    numbers = series.cast(pl.Float64).fill_nan(None)
+    if numbers.is_infinite().any():
+        raise LogError(f"{path}: column {series.name!r} holds an infinite number", path=path)
+    return numbers
 
 
 def _attributes(path: Path | None, key: str, time: str) -> pl.DataFrame | None:

@@ -5,7 +5,7 @@ column of the blocks moves each output.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +25,8 @@ from model.contract.bundle import (
 )
 from model.contract.encode import Encoder
 from model.contract.ids import hash_ids
-from model.contract.record import HistoryEntries, MatchEntries, UserRecord
-from model.contract.spec import FittedSchema, Moments, Schema, parse_schema
+from model.contract.record import HistoryEntries, MatchEntries, RecentEntries, UserRecord
+from model.contract.spec import Feature, FittedSchema, Moments, Schema, parse_schema
 
 NOON = 1_700_049_600.0  # 2023-11-15T12:00:00Z, a Wednesday
 NOON_TEXT = "2023-11-15T12:00:00Z"
@@ -54,6 +54,15 @@ SCHEMA_CONTENT: dict[str, Any] = {
         },
         {"name": "last_trip", "kind": "elapsed", "scope": "user", "source": "store"},
         {"name": "recent", "kind": "history", "of": "item_id", "max_length": 4},
+        {
+            "name": "visits",
+            "kind": "recent",
+            "column": "lines",
+            "context": "store_id",
+            "windows_days": [7, 30],
+            "large": 20,
+            "max_length": 5,
+        },
         {
             "name": "store_id",
             "kind": "hashed",
@@ -119,12 +128,19 @@ def schema() -> Schema:
     return parse_schema(SCHEMA_CONTENT)
 
 
+def feature_kinds() -> set[str]:
+    """Every kind of feature that the contract knows."""
+    union, *_ = get_args(Feature)
+    return {kind.model_fields["kind"].default for kind in get_args(union)}
+
+
 def fitted_schema() -> FittedSchema:
     return FittedSchema(
         schema=schema(),
         vocabularies=VOCABULARIES,
         moments={
             "trips": Moments(mean=2.0, std=1.5),
+            "visits_count_30": Moments(mean=0.5, std=0.4),
             "price": Moments(mean=1.2, std=0.7),
             "bought_item_count": Moments(mean=0.8, std=0.5),
             "bought_brand_days": Moments(mean=2.5, std=1.0),
@@ -193,6 +209,10 @@ def record(**changes: Any) -> UserRecord:
                 ids=(3, 1), times=np.array([NOON - 2 * DAY, NOON - 12 * DAY], np.int64)
             )
         },
+        "recents": {
+            "visits": recent_entries([(4.0, 2, "31"), (25.0, 9, None), (7.5, 40, "8")]),
+            "unheard": recent_entries([(1.0, 1, "31")]),
+        },
     }
     return UserRecord(**{**fields, **changes})
 
@@ -203,6 +223,15 @@ def match_entries(seen: dict[str, tuple[int, float]]) -> MatchEntries:
     counts = np.array([count for count, _ in seen.values()], np.uint32)
     times = np.array([time for _, time in seen.values()], np.int64)
     return MatchEntries(keys=keys[order], counts=counts[order], last_times=times[order])
+
+
+def recent_entries(events: list[tuple[float, float, str | None]]) -> RecentEntries:
+    """Of (value, days before NOON, context), newest first."""
+    return RecentEntries(
+        values=np.array([value for value, _, _ in events], np.float32),
+        times=np.array([NOON - days * DAY for _, days, _ in events], np.int64),
+        keys=hash_ids([context for _, _, context in events]),
+    )
 
 
 def item_snapshot() -> pl.DataFrame:
@@ -234,6 +263,23 @@ def golden(encoder: Encoder, model: bytes) -> Golden:
             [NOON - DAY],
             [NOON + DAY, NOON - 1],
             [NOON],
+        ],
+        "visits": [[3, 30, 2.5], None, [], [20], [8, 1, 2, 3, 4, 5], [1]],
+        "visits_time": [
+            [NOON - i * 5 * DAY for i in range(3)],
+            None,
+            [],
+            [NOON - DAY],
+            [NOON + 29 * 3600 - i * DAY for i in range(6)],
+            [NOON],
+        ],
+        "visits_store_id": [
+            ["31", None, "8"],
+            None,
+            [],
+            ["31"],
+            ["8", "31", "8", "8", None, "31"],
+            ["8"],
         ],
         "store_id": ["31", "32", None, "31", "8", "31"],
         "basket": [1, 2, None, 4, 5, 6],

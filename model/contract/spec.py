@@ -138,7 +138,8 @@ class Recent(_Feature):
     """Numbers about the user's newest events, as of the request: how many, how large, how alike.
 
     Dense columns `NAME_<statistic>`, see `contract.recent`: within windows of days, at this hour,
-    on this weekday, and, with `context`, where the request is.
+    on this weekday, and, with `context`, where the request is. All are missing where there is no
+    event.
 
     Attributes:
         events: which events count; empty means all.
@@ -156,7 +157,7 @@ class Recent(_Feature):
     column: str
     context: str | None = None
     windows_days: tuple[PositiveInt, ...] = (7, 30, 90)
-    large: float | None = None
+    large: float | None = Field(default=None, ge=0)
     max_length: int = Field(default=100, ge=2, le=1000)
 
     @property
@@ -239,6 +240,8 @@ class Schema(Frozen):
     @model_validator(mode="after")
     def _check(self) -> Self:
         names = [raw for feature in self.features for raw in raw_columns(feature)]
+        # The dense columns of a recent feature stand beside those of the numeric ones, by name.
+        names += [n for f in self.features if isinstance(f, Recent) for n in f.statistics]
         _refuse_repeats(names, "feature")
         _refuse_repeats([step.name for step in self.steps], "step")
         forbidden = {c for step in self.steps for c in (step.label, step.time, step.truth)}
@@ -267,10 +270,12 @@ class Schema(Frozen):
                 )
         elif isinstance(feature, Recent) and feature.context is not None:
             context = named.get(feature.context)
-            if not isinstance(context, Categorical | Hashed) or context.scope != "context":
+            if not isinstance(context, Categorical | Hashed) or (
+                (context.scope, context.source) != ("context", "request")
+            ):
                 raise ValueError(
                     f"feature {feature.name!r}: 'context' must name a categorical or hashed "
-                    f"context feature, not {feature.context!r}"
+                    f"context feature of the request, not {feature.context!r}"
                 )
         elif isinstance(feature, Match):
             self._check_attribute(feature.name, feature.attribute)
@@ -283,6 +288,10 @@ class Schema(Frozen):
                     raise ValueError(
                         f"feature {feature.name!r}: an item statistic needs 'attribute' and "
                         "'whole_periods'"
+                    )
+                if statistic.aggregate == "last_time":
+                    raise ValueError(
+                        f"feature {feature.name!r}: an item statistic is a count, a mean or users"
                     )
                 self._check_attribute(feature.name, statistic.attribute)
             elif statistic.attribute is not None or statistic.whole_periods is not None:

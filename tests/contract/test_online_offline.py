@@ -14,7 +14,7 @@ from conftest import RunningApp
 
 from model.contract.blocks import Blocks
 from model.contract.ids import hash_ids
-from model.contract.record import HistoryEntries, MatchEntries, UserRecord
+from model.contract.record import HistoryEntries, MatchEntries, RecentEntries, UserRecord
 from model.contract.times import format_time
 from service.state import ServingState
 
@@ -35,7 +35,7 @@ class Impressions:
         self.time = float(tiny.NOON + rng.integers(-300, 300) * 3600)
         num_rows = int(rng.choice([1, 2, 7, 30]))
         self.item_ids = [int(i) for i in rng.integers(1, 7, num_rows)]
-        self.context = {"store_id": str(rng.integers(1, 60)), "basket": _maybe(rng, 5.0)}
+        self.context = {"store_id": str(rng.integers(1, 4)), "basket": _maybe(rng, 5.0)}
         self.inline = {
             "display": [str(i) if i else None for i in rng.choice([0, 1, 5, 9], num_rows)],
             "discount": [_maybe(rng, float(x)) for x in rng.random(num_rows)],
@@ -49,6 +49,11 @@ class Impressions:
         events = sorted(float(t) for t in rng.integers(-100, 500, 6) * 3600)
         self.history_times = [int(tiny.NOON - t) for t in events]
         self.history = [int(i) for i in rng.integers(1, 7, 6)]
+        visits = sorted(float(t) for t in rng.integers(-100, 900, int(rng.integers(8))) * 3600)
+        self.visit_times = [int(tiny.NOON - t) for t in visits]
+        self.visits = rng.integers(0, 40, len(visits)).tolist()
+        stores = rng.integers(1, 4, len(visits)).tolist()
+        self.visit_stores = [_maybe(rng, str(store)) for store in stores]
         self.bought_items = {str(i): _bought(rng) for i in (1, 3, 6)}
         self.bought_brands = {name: _bought(rng) for name in ("acme", "7")}
 
@@ -66,6 +71,13 @@ class Impressions:
                     ids=tuple(self.history), times=np.array(self.history_times, np.int64)
                 )
             },
+            recents={
+                "visits": RecentEntries(
+                    values=np.array(self.visits, np.float32),
+                    times=np.array(self.visit_times, np.int64),
+                    keys=hash_ids(self.visit_stores),
+                )
+            },
         )
 
     @property
@@ -81,6 +93,8 @@ class Impressions:
     def offline(self, state: ServingState) -> dict[str, np.ndarray[Any, Any]]:
         request = {name: [value] for name, value in {**self.context, **self.scalars}.items()}
         request |= {"recent": [self.history], "recent_time": [self.history_times]}
+        request |= {"visits": [self.visits], "visits_time": [self.visit_times]}
+        request |= {"visits_store_id": [self.visit_stores]}
         request |= {"loyalty": [self.loyalty]}
         brands = [ITEMS.get(i, {}).get("brand") for i in self.item_ids]
         seen = [self.bought_items.get(str(i), (None, None)) for i in self.item_ids]

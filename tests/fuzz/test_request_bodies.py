@@ -41,7 +41,7 @@ NAMES = st.sampled_from(
         "age_band", "loyalty", "trips", "last_trip", "recent", "recent_time", "store_id", "basket",
         "item_id", "brand", "price", "display", "discount", "position", "bought_item_count",
         "bought_item_last_time", "bought_brand_count", "bought_brand_last_time", "hour", "user_id",
-        "time", "",
+        "time", "", "visits", "visits_time",
     ]
 )  # fmt: skip
 FEATURES = st.dictionaries(NAMES, JSON, max_size=6)

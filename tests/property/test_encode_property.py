@@ -29,11 +29,19 @@ amounts = st.one_of(st.none(), st.integers(-10, 10**6), st.floats(-1e6, 1e6), st
 times = st.one_of(st.none(), st.floats(NOON - 400 * DAY, NOON + 400 * DAY))
 histories = st.one_of(st.none(), st.lists(st.tuples(ids, times), max_size=7))
 
+stores = st.one_of(st.none(), st.sampled_from(["1", "2", 2.0, 3, ""]))
+ages = st.one_of(st.integers(-30, 400 * 24).map(lambda h: h * 3600.0), st.floats(-1e5, 3e7))
+visits = st.one_of(
+    st.none(), st.lists(st.tuples(st.floats(0, 1e6, width=32), ages, stores), max_size=8)
+)
+
 REQUEST_VALUES = {
-    **dict.fromkeys(("age_band", "loyalty", "store_id"), ids),
+    **dict.fromkeys(("age_band", "loyalty"), ids),
+    "store_id": st.one_of(stores, ids),
     **dict.fromkeys(("trips", "basket"), amounts),
     "last_trip": times,
     "recent": histories,
+    "visits": visits,
 }
 CANDIDATE_VALUES = {
     **dict.fromkeys(("item_id", "brand", "display"), ids),
@@ -52,6 +60,10 @@ def columns_of(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
         recent = columns.pop("recent")
         columns["recent"] = [None if h is None else [v for v, _ in h] for h in recent]
         columns["recent_time"] = [None if h is None else [t for _, t in h] for h in recent]
+        newest_first = [v and sorted(v, key=lambda visit: visit[1]) for v in columns.pop("visits")]
+        for name, part in (("visits", 0), ("visits_time", 1), ("visits_store_id", 2)):
+            columns[name] = [v and [visit[part] for visit in v] for v in newest_first]
+        columns["visits_time"] = [t and [NOON - age for age in t] for t in columns["visits_time"]]
     return columns
 
 

@@ -318,6 +318,7 @@ def test_absent_columns_are_all_missing(serving: bool) -> None:
     encoder = Encoder(tiny.fitted_schema(), serving=serving)
     names = [
         *("age_band", "loyalty", "trips", "last_trip", "recent", "store_id", "basket"),
+        *("visits", "visits_time", "visits_store_id"),
         *("item_id", "brand", "price", "display", "discount", "position"),
         *("bought_item_count", "bought_item_last_time"),
         *("bought_brand_count", "bought_brand_last_time"),
@@ -348,10 +349,11 @@ def test_request_features_among_candidate_columns_are_ignored() -> None:
 
 
 def test_no_rows_give_blocks_of_no_rows() -> None:
-    block = ENCODER.request_block({"trips": [], "recent": []}, time=np.zeros(0))
+    none: dict[str, list[Any]] = {"trips": [], "recent": [], "visits": [], "visits_time": []}
+    block = ENCODER.request_block(none, time=np.zeros(0))
 
     assert block.ids.shape == (0, 5)
-    assert block.dense.shape == (0, 6)
+    assert block.dense.shape == (0, 34)  # 3 numbers and 14 of visits, a flag of each
     assert block.history.shape == (0, 4)
 
 
@@ -496,6 +498,9 @@ def test_store_columns_turn_a_row_into_one_without_a_record() -> None:
         "trips": [40],
         "last_trip": [NOON - DAY],
         "recent": [[123, "acme"]],
+        "visits": [[4.0, 25.0]],
+        "visits_time": [[NOON - DAY, NOON - 3 * DAY]],
+        "visits_store_id": [["31", "8"]],
     }
     asked = {"loyalty": ["gold"], "store_id": ["31"], "basket": [9]}
     matches = {

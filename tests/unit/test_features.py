@@ -85,6 +85,9 @@ RECORD_COLUMNS = {
     "last_trip": [tiny.NOON - 3 * tiny.DAY],
     "recent": [[3, 1]],
     "recent_time": [[tiny.NOON - 2 * tiny.DAY, tiny.NOON - 12 * tiny.DAY]],
+    "visits": [[4.0, 25.0, 7.5]],
+    "visits_time": [[tiny.NOON - days * tiny.DAY for days in (2, 9, 40)]],
+    "visits_store_id": [["31", None, "8"]],
 }
 
 
@@ -150,7 +153,8 @@ def test_inline_null_is_missing_whatever_the_record_says(
         record=tiny.record(matches={}),
     )
 
-    request = {"last_trip": RECORD_COLUMNS["last_trip"]}
+    replaced = ("age_band", "recent", "recent_time", "trips")
+    request = {name: RECORD_COLUMNS[name] for name in RECORD_COLUMNS if name not in replaced}
     candidate = {"item_id": [1], "brand": ["acme"], "price": [2.5]}
     assert_same(encoded, expect(tiny_state, request, candidate, time=tiny.NOON))
 
@@ -289,6 +293,34 @@ def test_inline_matches_work_without_a_record(
     assert encoded.is_known.tolist() == [True, False]
 
 
+def test_recent_events_are_the_record_s_only(
+    tiny_state: ServingState, source: FeatureSource
+) -> None:
+    given = {"visits": [9.0], "visits_time": [tiny.NOON - 1], "visits_last": 2.0}
+
+    encoded = encode(source, user_features=given, record=tiny.record(matches={}))
+
+    assert encoded.ignored == ("visits", "visits_last", "visits_time")
+    candidate = {"item_id": [1], "brand": ["acme"], "price": [2.5]}
+    assert_same(encoded, expect(tiny_state, RECORD_COLUMNS, candidate, time=tiny.NOON))
+
+
+def test_recent_events_are_told_where_the_request_is(
+    tiny_state: ServingState, source: FeatureSource
+) -> None:
+    names = tiny_state.encoder.request_layout.dense_columns
+
+    here, elsewhere = (
+        encode(source, context={"store_id": store}, record=tiny.record()).blocks.request.dense[0]
+        for store in (31, 32)
+    )
+
+    assert here[names.index("visits_here_count")] == np.float32(np.log1p(1))
+    assert here[names.index("visits_here_days")] == np.float32(np.log1p(2))
+    assert elsewhere[names.index("visits_here_count")] == 0
+    assert elsewhere[names.index("visits_here_days_missing")] == 1
+
+
 def test_position_is_fixed_and_told_as_ignored(
     tiny_state: ServingState, source: FeatureSource
 ) -> None:
@@ -398,6 +430,7 @@ def test_value_that_does_not_fit_is_refused_by_its_path(
     [
         {"features": {"trips": "many"}},
         {"features": {"age_band": 1.5}},
+        {"recents": {"visits": tiny.recent_entries([(1.0, 3, "31"), (1.0, 2, "31")])}},
         {"histories": {"recent": HistoryEntries(ids=(0.5,), times=np.array([0]))}},  # type: ignore[arg-type]  # not representable on the wire
     ],
 )

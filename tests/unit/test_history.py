@@ -11,13 +11,24 @@ import pytest
 
 from model.contract.encode import Encoder
 from model.contract.errors import LogError
-from model.contract.ids import canonical_ids, hash_ids
+from model.contract.ids import canonical_ids, hash_id, hash_ids
 from model.contract.log_spec import EventStatistic
 from model.contract.record import UserRecord, look_up, pack_record, unpack_record
-from model.contract.spec import FittedSchema, History, Match, Schema, parse_schema
+from model.contract.spec import (
+    FittedSchema,
+    History,
+    Match,
+    Numeric,
+    Recent,
+    Schema,
+    parse_schema,
+    raw_columns,
+)
 from model.history import AsOf
 from model.logs import TIME, USER
-from model.tables import Tables
+from model.tables import Tables, recent_features
+from service.features import Candidates, FeatureSource
+from service.items import empty_item_table
 
 DAY = 86_400
 PERIOD_START = 7_200
@@ -29,6 +40,10 @@ MEAN = {"event": "buy", "aggregate": "mean", "column": "price"}
 LAST = {"event": "buy", "aggregate": "last_time"}
 ITEM_COUNT = {**COUNT, "attribute": "brand", "whole_periods": 2}
 ITEM_MEAN = {**MEAN, "attribute": "item_id", "whole_periods": 3}
+ITEM_USERS = {**COUNT, "aggregate": "users", "attribute": "item_id"}
+BRAND_USERS = {**COUNT, "aggregate": "users", "attribute": "brand"}
+BRAND_WEEK = {**ITEM_COUNT, "whole_periods": 7}
+BRAND_MEAN = {**MEAN, "attribute": "brand", "whole_periods": 5}
 
 
 def schema(lag: int = 0, **changes: Any) -> Schema:
@@ -50,6 +65,10 @@ def schema(lag: int = 0, **changes: Any) -> Schema:
                 feature("brand", "item", kind="categorical"),
                 feature("brand_sales", "item", statistic=ITEM_COUNT),
                 feature("item_price", "item", statistic=ITEM_MEAN),
+                feature("item_users", "item", statistic=ITEM_USERS),
+                feature("brand_users", "item", statistic=BRAND_USERS),
+                feature("brand_week", "item", statistic=BRAND_WEEK),
+                feature("brand_price", "item", statistic=BRAND_MEAN),
                 feature("town", "user", kind="categorical"),
                 feature("purchases", "user", statistic=COUNT),
                 feature("mean_price", "user", statistic=MEAN),
@@ -61,6 +80,29 @@ def schema(lag: int = 0, **changes: Any) -> Schema:
                     "of": "brand",
                     "max_length": 4,
                     "events": ["buy"],
+                },
+                {
+                    "name": "shop",
+                    "kind": "hashed",
+                    "scope": "context",
+                    "source": "request",
+                    "num_buckets": 9,
+                },
+                {
+                    "name": "baskets",
+                    "kind": "recent",
+                    "column": "price",
+                    "context": "shop",
+                    "windows_days": [3],
+                    "large": 5,
+                    "max_length": 5,
+                },
+                {
+                    "name": "buys",
+                    "kind": "recent",
+                    "column": "price",
+                    "events": ["buy"],
+                    "max_length": 4,
                 },
                 {"name": "seen_item", "kind": "match", "attribute": "item_id"},
                 {
@@ -114,7 +156,9 @@ class World:
         ]
 
 
-def make_world(path: Path, seed: int, *, lag: int = 0, ids: type = int) -> World:
+def make_world(
+    path: Path, seed: int, *, lag: int = 0, ids: type = int, period_days: int = 2
+) -> World:
     """Times are whole hours of a fortnight, so that many events share an instant."""
     rng = np.random.default_rng(seed)
     num_events, num_rows = 150, 80
@@ -126,6 +170,7 @@ def make_world(path: Path, seed: int, *, lag: int = 0, ids: type = int) -> World
         "event": [["buy", "view"][i] for i in rng.integers(0, 2, num_events)],
         "time": [hour * 3600 for hour in hours],
         "price": prices,
+        "shop": [["s1", "s2", "3", None][i] for i in rng.integers(0, 4, num_events)],
     }
     items = {
         "item_id": [0, 0, 1, 1, 2, 3, 4],  # item 5 has no attributes
@@ -142,7 +187,7 @@ def make_world(path: Path, seed: int, *, lag: int = 0, ids: type = int) -> World
         keys = {key: columns[key] for key in ("user_id", "item_id") if key in columns}
         typed = {key: [ids(value) for value in values] for key, values in keys.items()}
         pl.DataFrame({**columns, **typed}).write_parquet(path / f"{name}.parquet")
-    described = schema(lag)
+    described = schema(lag, period_days=period_days)
     tables = Tables.read(
         events=path / "events.parquet",
         items=path / "items.parquet",
@@ -226,35 +271,224 @@ def test_user_statistics_are_counted_by_hand(world: World) -> None:
         np.testing.assert_array_equal(last[i], newest)
 
 
-@pytest.mark.parametrize("statistic", [ITEM_COUNT, ITEM_MEAN])
+def end_of_periods(world: World, time: float) -> int:
+    """Start of the period in which the lag before a time is."""
+    length = world.as_of.schema.period_days * DAY
+    return int(PERIOD_START + (time - world.lag - PERIOD_START) // length * length)
+
+
+def brute_item_statistic(
+    world: World, statistic: EventStatistic, key: object, time: float
+) -> float:
+    end = end_of_periods(world, time)
+    periods = statistic.whole_periods
+    start = -np.inf if periods is None else end - periods * world.as_of.schema.period_days * DAY
+    events = [
+        event
+        for event in world.events
+        if event["event"] == "buy"
+        and start <= event["time"] < end
+        and key is not None
+        and world.key(str(statistic.attribute), event) == key
+    ]
+    if statistic.aggregate == "mean":
+        prices = [event["price"] for event in events if event["price"] is not None]
+        return float(np.mean(prices)) if prices else np.nan
+    if key is None:
+        return np.nan
+    return len({e["user_id"] for e in events}) if statistic.aggregate == "users" else len(events)
+
+
+ITEM_STATISTICS = (ITEM_COUNT, ITEM_MEAN, ITEM_USERS, BRAND_USERS, BRAND_WEEK, BRAND_MEAN)
+
+
+@pytest.mark.parametrize("statistic", ITEM_STATISTICS)
+@pytest.mark.parametrize(
+    ("seed", "lag", "period_days"), [(0, 0, 2), (1, 2 * DAY, 2), (2, 0, 1), (3, 5 * 3600, 1)]
+)
 def test_item_statistics_cover_whole_periods_before(
-    world: World, statistic: dict[str, Any]
+    tmp_path: Path, seed: int, lag: int, period_days: int, statistic: dict[str, Any]
 ) -> None:
+    world = make_world(tmp_path, seed, lag=lag, period_days=period_days)
     parsed = EventStatistic.model_validate(statistic)
-    assert parsed.attribute is not None
-    assert parsed.whole_periods is not None
-    keys, times = world.log[parsed.attribute], world.log[TIME].to_numpy()
+    keys, times = world.log[str(parsed.attribute)], world.log[TIME].to_numpy()
 
     found = world.as_of.item_statistic(parsed, keys, times)
 
-    for i, (key, time) in enumerate(zip(keys, times, strict=True)):
-        period = (time - world.lag - PERIOD_START) // (2 * DAY)
-        end = PERIOD_START + period * 2 * DAY
-        start = end - parsed.whole_periods * 2 * DAY
-        values = [
-            event["price"] if parsed.column else 1.0
-            for event in world.events
-            if event["event"] == "buy"
-            and start <= event["time"] < end
-            and key is not None
-            and world.key(parsed.attribute, event) == key
-        ]
-        values = [value for value in values if value is not None]
-        if parsed.aggregate == "mean":
-            expected = np.mean(values) if values else np.nan
-        else:
-            expected = np.nan if key is None else len(values)
-        np.testing.assert_allclose(found[i], expected, rtol=1e-12)
+    expected = [
+        brute_item_statistic(world, parsed, key, time)
+        for key, time in zip(keys, times, strict=True)
+    ]
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+    assert len(set(found[np.isfinite(found)])) > 3
+
+
+def test_users_are_counted_once_however_often_they_buy(tmp_path: Path) -> None:
+    """Also over periods; who bought in the period under way is not told yet."""
+    events = {
+        "user_id": [1, 1, 2, 1, 3, None],
+        "item_id": [7, 7, 7, 7, 7, 7],
+        "time": [PERIOD_START + hour * 3600 for hour in (0, 1, 2, 50, 97, 1)],
+    }
+    as_of = hand_made(tmp_path, events=events)
+    statistic = EventStatistic.model_validate(ITEM_USERS)
+    days = np.array([0.0, 1.9, 2.0, 4.5, 6.0])
+
+    found = as_of.item_statistic(statistic, pl.Series([7] * 5), PERIOD_START + days * DAY)
+
+    assert found.tolist() == [0.0, 0.0, 2.0, 2.0, 3.0]
+
+
+def test_users_become_known_after_the_lag(tmp_path: Path) -> None:
+    events = {"item_id": [7], "time": [PERIOD_START + DAY]}
+    as_of = hand_made(tmp_path, events=events, lag=3600)
+    statistic = EventStatistic.model_validate(ITEM_USERS)
+    times = PERIOD_START + 2.0 * DAY + np.array([3599.0, 3600.0])
+
+    assert as_of.item_statistic(statistic, pl.Series([7, 7]), times).tolist() == [0.0, 1.0]
+
+
+def test_a_count_of_no_key_is_missing_and_of_an_unheard_one_nothing(tmp_path: Path) -> None:
+    as_of = hand_made(tmp_path, events={"item_id": [7], "time": [PERIOD_START]})
+    keys, time = pl.Series([7, None, 8]), np.full(3, PERIOD_START + 2.0 * DAY)
+
+    for statistic in (ITEM_USERS, {**COUNT, "attribute": "item_id", "whole_periods": 1}):
+        found = as_of.item_statistic(EventStatistic.model_validate(statistic), keys, time)
+        np.testing.assert_array_equal(found, [1.0, np.nan, 0.0])
+
+
+def test_a_price_that_is_no_number_does_not_spoil_later_periods(tmp_path: Path) -> None:
+    events = {
+        "item_id": [7, 7, 7],
+        "time": [PERIOD_START, PERIOD_START + 2 * DAY, PERIOD_START + 4 * DAY],
+        "price": [float("nan"), 4.0, 6.0],
+    }
+    as_of = hand_made(tmp_path, events=events)
+    statistic = EventStatistic.model_validate({**ITEM_MEAN, "whole_periods": 2})
+    days = np.array([2.0, 4.0, 6.0])
+
+    found = as_of.item_statistic(statistic, pl.Series([7] * 3), PERIOD_START + days * DAY)
+
+    np.testing.assert_array_equal(found, [np.nan, 4.0, 5.0])
+
+
+def recent_feature(world: World, name: str) -> Recent:
+    feature = world.as_of.schema.feature(name)
+    assert isinstance(feature, Recent)
+    return feature
+
+
+def brute_recent(
+    world: World, feature: Recent, user: int, time: float
+) -> list[tuple[float, float, int]]:
+    """Values, times and context keys, newest first; of one instant, the later line is the newer."""
+    before = [e for e in world.before(user, time, feature.events) if e["price"] is not None]
+    newest = sorted(before, key=lambda event: event["time"])[::-1][: feature.max_length]
+    return [(float(np.float32(e["price"])), float(e["time"]), hash_id(e["shop"])) for e in newest]
+
+
+@pytest.mark.parametrize("name", ["baskets", "buys"])
+def test_recent_events_are_the_newest_first(world: World, name: str) -> None:
+    feature = recent_feature(world, name)
+
+    found = world.as_of.recent(feature, world.log)
+
+    assert tuple(found) == tuple(
+        column for column in raw_columns(feature) if column != f"{name}_time"
+    )
+    events, lengths = found[name], []
+    keys = np.asarray(found["baskets_shop"].values) if feature.context else None
+    for i, (user, time) in enumerate(zip(world.log[USER], world.log[TIME], strict=True)):
+        expected = brute_recent(world, feature, user, time)
+        part = slice(events.offsets[i], events.offsets[i + 1])
+        assert np.asarray(events.values)[part].tolist() == [value for value, _, _ in expected]
+        assert events.times[part].tolist() == [at for _, at, _ in expected]
+        if keys is not None:
+            assert keys[part].tolist() == [key for _, _, key in expected]
+        lengths.append(len(expected))
+    assert {0, feature.max_length} <= set(lengths)
+    assert np.asarray(events.values).dtype == np.float32
+
+
+@pytest.mark.parametrize("as_of", [-DAY, DAY, 9 * DAY, 9 * DAY + 3600, 30 * DAY])
+def test_record_s_recent_events_encode_to_the_log_s_row(world: World, as_of: int) -> None:
+    """Through the bytes of the record and the service's own encoding."""
+    schema = world.as_of.schema
+    fitted = FittedSchema(schema=schema, vocabularies={"brand": ("b",), "town": ("x",)}, moments={})
+    encoder = Encoder(fitted)
+    source = FeatureSource(encoder, empty_item_table(encoder))
+    records = dict(world.as_of.user_records(float(as_of), max_keys=100))
+    log = pl.DataFrame({USER: list(range(4)), TIME: [float(as_of)] * 4})
+    columns: dict[str, Any] = {"shop": ["3"] * 4}
+    for name in ("baskets", "buys"):
+        columns |= world.as_of.recent(recent_feature(world, name), log)
+    logged = encoder.request_block(columns, time=log[TIME].to_numpy()).dense
+    names = [n for f in recent_features(schema) for n in f.statistics]
+    places = [encoder.request_layout.dense_columns.index(name) for name in names]
+
+    for user in range(4):
+        record = through_bytes(records[user]) if user in records else None
+        encoded = source.encode(
+            user_id=user,
+            time=float(as_of),
+            context={"shop": 3},
+            user_features={},
+            candidates=Candidates(item_ids=[1]),
+            record=record,
+        )
+        dense = encoded.blocks.request.dense[0]
+        np.testing.assert_array_equal(dense[places], logged[user, places])
+        flags = [len(encoder.request_layout.value_columns) + place for place in places]
+        np.testing.assert_array_equal(dense[flags], logged[user, flags])
+    assert as_of < 9 * DAY or (logged[:, places] != 0).any()
+
+
+def test_recent_events_are_whole_seconds_and_float32(tmp_path: Path) -> None:
+    """As a record holds them, so that a log's row has the same."""
+    as_of = hand_made(tmp_path, events={"item_id": [7], "time": [1000.75], "price": [0.1]})
+
+    found = as_of.recent(as_of.schema.feature("buys"), log_of([2000.0, 1000.75]))["buys"]  # type: ignore[arg-type]  # a recent one
+
+    assert found.times.tolist() == [1000.0]
+    assert np.asarray(found.values).tolist() == [float(np.float32(0.1))]
+    assert found.offsets.tolist() == [0, 1, 1]
+
+
+def test_a_user_without_recent_events_has_none_in_the_record(tmp_path: Path) -> None:
+    as_of = hand_made(
+        tmp_path,
+        events={"item_id": [7, 7], "time": [10, 20], "price": [None, float("nan")]},
+        items={"item_id": [7], "brand": ["a"]},
+    )
+
+    record = dict(as_of.user_records(100.0, max_keys=1))[1]
+
+    assert record.recents == {}
+    assert record.features["purchases"] == 2.0
+
+
+@pytest.mark.parametrize("ids", [[1.0, float("nan"), 2.0], [1, None, 2], ["1", None, "2"]])
+def test_recent_context_is_one_id_whatever_its_type(tmp_path: Path, ids: list[Any]) -> None:
+    events = {"item_id": [7] * 3, "time": [1, 2, 3], "shop": ids}
+    as_of = hand_made(tmp_path, events=events)
+
+    found = as_of.recent(as_of.schema.feature("baskets"), log_of([9.0]))  # type: ignore[arg-type]  # a recent one
+
+    assert np.asarray(found["baskets_shop"].values).tolist() == hash_ids(["2", None, "1"]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("price", "reason"),
+    [
+        (["cheap", "dear"], "column 'price' is String, expected numbers"),
+        ([1.0, float("inf")], "column 'price' holds an infinite number"),
+    ],
+)
+def test_a_column_of_events_that_is_no_number_is_named(
+    tmp_path: Path, price: list[Any], reason: str
+) -> None:
+    with pytest.raises(LogError, match=f"events.parquet: {reason}"):
+        hand_made(tmp_path, events={"item_id": [7, 7], "time": [1, 2], "price": price})
 
 
 @pytest.mark.parametrize("name", ["recent", "recent_brands"])
@@ -381,6 +615,7 @@ def hand_made(
     """Tables by hand; events get a user 1 and an event `buy` where they do not say."""
     length = len(events["time"])
     columns = {"user_id": [1] * length, "event": ["buy"] * length, "price": [1.0] * length}
+    columns["shop"] = ["s1"] * length
     tables = {"events": {**columns, **events}, "items": items, "users": users}
     paths = {}
     for name, content in tables.items():
@@ -550,8 +785,13 @@ def test_item_snapshot_has_the_log_s_statistics(world: World) -> None:
     snapshot = world.as_of.item_snapshot(as_of)
     time = np.full(len(snapshot), as_of)
 
-    for name, statistic in (("brand_sales", ITEM_COUNT), ("item_price", ITEM_MEAN)):
-        parsed = EventStatistic.model_validate(statistic)
+    statistics = {
+        f.name: f.statistic
+        for f in world.as_of.schema.features
+        if isinstance(f, Numeric) and f.scope == "item" and f.statistic is not None
+    }
+    assert len(statistics) == len(ITEM_STATISTICS)
+    for name, parsed in statistics.items():
         logged = world.as_of.item_statistic(parsed, snapshot[str(parsed.attribute)], time)
         np.testing.assert_array_equal(
             snapshot[name].cast(pl.Float64).fill_null(np.nan).to_numpy(), logged
@@ -573,7 +813,7 @@ def test_snapshot_rows_encode_like_rows_of_the_log(tmp_path: Path) -> None:
     assert block.ids[:, encoder.candidate_layout.ids.index("brand")].tolist() == [3, 2, 4, 1, 4]
 
 
-@pytest.mark.parametrize("missing", ["user_id", "item_id", "time", "event", "price"])
+@pytest.mark.parametrize("missing", ["user_id", "item_id", "time", "event", "price", "shop"])
 def test_a_missing_event_column_is_named(tmp_path: Path, missing: str) -> None:
     make_world(tmp_path, 0)
     pl.read_parquet(tmp_path / "events.parquet").drop(missing).write_parquet(

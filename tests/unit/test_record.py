@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -11,6 +12,7 @@ from model.contract.ids import NO_KEY, hash_id, hash_ids
 from model.contract.record import (
     HistoryEntries,
     MatchEntries,
+    RecentEntries,
     UserRecord,
     look_up,
     pack_record,
@@ -29,6 +31,12 @@ HISTORY_VECTOR = (
     "a76d61746368657380a9686973746f7269657381a6726563656e7482a36964739"
     "27ba162a574696d6573c410c0ec5859000000000500000000000000"
 )
+# As above, with a recent event of value 1 at 1499000000 in the place of key 258 instead.
+RECENT_VECTOR = (
+    "86ae7265636f72645f76657273696f6e01aa757064617465645f6174cb41d65a0bc0000000a8666561747572657380"
+    "a76d61746368657380a9686973746f7269657380a7726563656e747381a5747269707383a676616c756573c404"
+    "0000803fa574696d6573c408c0ec585900000000a46b657973c4080201000000000000"
+)
 
 
 def entries(keys: list[int], counts: list[int], times: list[int]) -> MatchEntries:
@@ -45,6 +53,17 @@ def full_record() -> UserRecord:
         features={"age": "45-54", "trips": 12, "rate": 0.25, "town": None},
         matches={"bought": entries([3, 2**64 - 1], [7, 2**32 - 1], [-5, 2**62])},
         histories={"recent": HistoryEntries(ids=(5, "b"), times=np.array([9, 4], np.int64))},
+        recents={"trips": recent([2.5, 0.0], [9, -4], [2**64 - 1, NO_KEY]), "calls": recent()},
+    )
+
+
+def recent(
+    values: Sequence[float] = (), times: Sequence[int] = (), keys: Sequence[int] = ()
+) -> RecentEntries:
+    return RecentEntries(
+        values=np.array(values, np.float32),
+        times=np.array(times, np.int64),
+        keys=np.array(keys, np.uint64),
     )
 
 
@@ -116,6 +135,37 @@ def test_round_trip_keeps_every_value_and_type() -> None:
     assert after.histories["recent"].times.tolist() == [9, 4]
 
 
+def test_round_trip_keeps_recent_events() -> None:
+    after = unpack_record(pack_record(full_record()))
+
+    trips = after.recents["trips"]
+    assert [a.dtype for a in (trips.values, trips.times, trips.keys)] == ["f4", "i8", "u8"]
+    assert trips.values.tolist() == [2.5, 0.0]
+    assert trips.times.tolist() == [9, -4]
+    assert trips.keys.tolist() == [2**64 - 1, NO_KEY]
+    assert len(after.recents["calls"].times) == 0
+
+
+def test_recent_events_are_little_endian_bytes() -> None:
+    packed = pack_record(
+        UserRecord(updated_at=1.5e9, recents={"trips": recent([1.0], [1_499_000_000], [258])})
+    )
+
+    assert packed.hex() == RECENT_VECTOR
+
+
+def test_recent_events_may_have_no_context() -> None:
+    record = UserRecord(updated_at=0.0, recents={"trips": recent([1.0, 2.0], [5, 4])})
+
+    assert unpack_record(pack_record(record)).recents["trips"].keys.tolist() == []
+
+
+def test_a_record_without_recent_events_does_not_name_them() -> None:
+    """So its bytes are those of releases that did not know them."""
+    assert b"recents" not in pack_record(UserRecord(updated_at=0.0))
+    assert unpack_record(wire()).recents == {}
+
+
 def test_absent_fields_are_empty() -> None:
     record = unpack_record(msgspec.msgpack.encode({"record_version": 1, "updated_at": 7}))
 
@@ -125,6 +175,11 @@ def test_absent_fields_are_empty() -> None:
 
 def test_extra_fields_are_ignored() -> None:
     assert unpack_record(wire(colour={"deep": [1, {"x": 2}]})).updated_at == 1.5e9
+
+
+def recent_bytes(**changes: bytes) -> dict[str, object]:
+    fields = {"values": bytes(4), "times": bytes(8), "keys": bytes(8)}
+    return {"recents": {"trips": {**fields, **changes}}}
 
 
 @pytest.mark.parametrize(
@@ -157,6 +212,18 @@ def test_extra_fields_are_ignored() -> None:
         (wire(histories={"recent": {"ids": [1], "times": b""}}), "differ in length"),
         (wire(histories={"recent": {"ids": [1], "times": bytes(9)}}), "length"),
         (wire(histories={"recent": {"ids": [[1]], "times": bytes(8)}}), "ids"),
+        (wire(**recent_bytes(values=bytes(3))), "length"),
+        (wire(**recent_bytes(values=bytes(8))), "'trips'.*differ in length"),
+        (wire(**recent_bytes(times=bytes(7))), "length"),
+        (wire(**recent_bytes(times=b"")), "'trips'.*differ in length"),
+        (wire(**recent_bytes(keys=bytes(9))), "length"),
+        (wire(**recent_bytes(keys=bytes(16))), "'trips'.*differ in length"),
+        (wire(**recent_bytes(values=b"\0\0\x80\xbf")), "'trips'.*no number of 0 or more"),
+        (wire(**recent_bytes(values=b"\0\0\xc0\x7f")), "'trips'.*no number of 0 or more"),
+        (wire(**recent_bytes(values=b"\0\0\x80\x7f")), "'trips'.*no number of 0 or more"),
+        (wire(recents={"trips": {"values": b"", "times": b""}}), "keys"),
+        (wire(recents={"trips": 1}), "recents"),
+        (wire(recents=None), "recents"),
         (wire(features={"x": "a"}).replace(b"\xa1a", b"\xa1\xff"), "UTF-8"),
     ],
 )
@@ -185,6 +252,10 @@ def test_endless_nesting_is_a_record_error() -> None:
             ),
             "length",
         ),
+        (UserRecord(updated_at=0.0, recents={"m": recent([1.0], [1, 2])}), "length"),
+        (UserRecord(updated_at=0.0, recents={"m": recent([1.0], [1], [1, 2])}), "length"),
+        (UserRecord(updated_at=0.0, recents={"m": recent([-1.0], [1])}), "0 or more"),
+        (UserRecord(updated_at=0.0, recents={"m": recent([np.nan], [1])}), "0 or more"),
     ],
 )
 def test_a_record_that_could_not_be_read_is_not_written(record: UserRecord, named: str) -> None:

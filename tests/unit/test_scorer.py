@@ -272,6 +272,8 @@ async def test_inline_features_stand_in_for_a_store_that_is_down(
     async with rig(tiny_state, store=FailingStore(StoreUnavailable("down"))) as broken:
         degraded = await broken.score(user_features=inline, candidates=candidates)
 
+    # Recent events are the one part that a caller cannot give.
+    await plain.store.set_many([("7", pack_record(tiny.record(recents={})))], ttl_s=None)
     full = await plain.score()
     assert degraded.outputs["pctr"] == full.outputs["pctr"]
 

@@ -28,7 +28,7 @@ def content(*features: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def feature(kind: str, **fields: Any) -> dict[str, Any]:
-    scopes = {"match": {}, "history": {}, "time_part": {}}
+    scopes = {"match": {}, "history": {}, "recent": {}, "time_part": {}}
     default = {"scope": "user", "source": "store"}
     return {"name": "x", "kind": kind, **scopes.get(kind, default), **fields}
 
@@ -169,6 +169,58 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "empty history": (content(feature("history", of="brand", max_length=0)), "max_length: "),
     "endless history": (content(feature("history", of="brand", max_length=1001)), "max_length: "),
+    "recent events without a column": (content(feature("recent")), "column: Field required"),
+    "recent events of a nameless place": (
+        content(feature("recent", column="n", context="town")),
+        "'x': 'context' must name a categorical or hashed context feature of the request, not 't",
+    ),
+    "recent events at a user feature": (
+        content(feature("recent", column="n", context="town"), feature("categorical", name="town")),
+        "'x': 'context' must name a categorical or hashed context feature",
+    ),
+    "recent events at a number": (
+        content(
+            feature("recent", column="n", context="size"),
+            feature("numeric", name="size", scope="context", source="request"),
+        ),
+        "'x': 'context' must name a categorical or hashed context feature",
+    ),
+    "recent events where only the log knows": (
+        content(
+            feature("recent", column="n", context="shop"),
+            feature(
+                "hashed",
+                name="shop",
+                num_buckets=9,
+                scope="context",
+                source="log_only",
+                serving_value=1,
+            ),
+        ),
+        "'x': 'context' must name a categorical or hashed context feature of the request",
+    ),
+    "recent events from the request": (
+        content(feature("recent", column="n", source="request")),
+        "source: .*'store'",
+    ),
+    "a statistic's name": (
+        content(feature("recent", column="n"), feature("numeric", name="x_last")),
+        "feature 'x_last' is there twice",
+    ),
+    "windows twice": (
+        content(feature("recent", column="n", windows_days=[7, 7])),
+        "feature 'x_count_7' is there twice",
+    ),
+    "window of no days": (
+        content(feature("recent", column="n", windows_days=[0])),
+        "windows_days.0: .*greater than 0",
+    ),
+    "one recent event": (content(feature("recent", column="n", max_length=1)), "max_length: "),
+    "endless recent events": (
+        content(feature("recent", column="n", max_length=1001)),
+        "max_length: ",
+    ),
+    "large below nothing": (content(feature("recent", column="n", large=-1)), "large: "),
     "match of nothing": (
         content(feature("match", attribute="colour")),
         "'x': 'attribute' must name a categorical or hashed item feature or the item id column",
@@ -191,6 +243,26 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "item statistic without periods": (
         content(item_statistic(attribute="brand")),
         "'x': an item statistic needs 'attribute' and 'whole_periods'",
+    ),
+    "users of nothing": (
+        content(item_statistic(aggregate="users")),
+        "aggregate 'users' is of an 'attribute', and of all periods before",
+    ),
+    "users of some periods": (
+        content(item_statistic(aggregate="users", attribute="brand", whole_periods=4)),
+        "aggregate 'users' is of an 'attribute', and of all periods before",
+    ),
+    "users of a column": (
+        content(item_statistic(aggregate="users", attribute="brand", column="n")),
+        "'column' is given exactly when",
+    ),
+    "users of a user": (
+        content(user_statistic(aggregate="users", attribute="brand")),
+        "'x': 'attribute' and 'whole_periods' are for item statistics",
+    ),
+    "item statistic of a time": (
+        content(item_statistic(aggregate="last_time", attribute="brand", whole_periods=4)),
+        "'x': an item statistic is a count, a mean or users",
     ),
     "item statistic of no attribute": (
         content(item_statistic(attribute="colour", whole_periods=4)),
@@ -289,6 +361,7 @@ def test_output_names(names: tuple[str, ...], outputs: tuple[str, ...]) -> None:
         ({"name": "h", "kind": "time_part", "part": "hour"}, ()),
         ({"name": "h", "kind": "history", "of": "brand"}, ("h", "h_time")),
         ({"name": "m", "kind": "match", "attribute": "brand"}, ("m_count", "m_last_time")),
+        ({"name": "r", "kind": "recent", "column": "n"}, ("r", "r_time")),
         ({"name": "e", "kind": "elapsed", "scope": "user", "source": "store"}, ("e",)),
     ],
 )
@@ -297,6 +370,22 @@ def test_raw_columns_of_a_kind(described: dict[str, Any], expected: tuple[str, .
     schema = parse_schema(content(*others))
 
     assert raw_columns(schema.features[-1]) == expected
+
+
+def test_recent_events_have_a_raw_column_of_their_context() -> None:
+    shop = feature("categorical", name="shop", scope="context", source="request")
+    schema = parse_schema(content(shop, feature("recent", column="n", context="shop")))
+
+    assert raw_columns(schema.features[-1]) == ("x", "x_time", "x_shop")
+
+
+def test_the_tiny_schema_has_every_kind_of_feature() -> None:
+    assert {found.kind for found in tiny.schema().features} == tiny.feature_kinds()
+    assert len(tiny.feature_kinds()) == 8
+
+
+def test_users_need_no_periods() -> None:
+    parse_schema(content(item_statistic(aggregate="users", attribute="brand")))
 
 
 def test_feature_is_found_by_name() -> None:
