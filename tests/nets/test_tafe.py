@@ -482,7 +482,7 @@ def test_t23_selection_depends_on_the_row(tokens: str, selector: str) -> None:
 @pytest.mark.parametrize("selector", ["sparsemax", "hard"])
 def test_t23_sparse_selection_is_no_constant(tokens: str, selector: str) -> None:
     """Two rows may well choose alike, all of them not."""
-    weights = make(tokens, selector=selector).selection(inputs())
+    weights = make(tokens, selector=selector).selection(inputs(64))
 
     assert (weights != weights[:1]).any()
 
