@@ -471,27 +471,23 @@ def test_scoring_without_records_ignores_what_is_stored(trained: Trained) -> Non
 
 
 def test_t47_shuffled_labels_teach_nothing(trained: Trained, tmp_path: Path) -> None:
-    """Mean of ten shuffles, scored on all 4,000 rows with their true labels.
-
-    The true label of a training row tells nothing of the shuffled one, so that those rows may be
-    scored too. One AUC's deviation was measured at 0.06, of the mean it is 0.02: some columns tell
-    much, and a network taught nothing still weighs them somehow.
-    """
-    splits = trained.data.splits
-    train_split = splits["train"]
+    """Labels shuffled in every split; mean of eight shuffles on rows that nothing was chosen by."""
     found = []
-    for seed in range(10):
-        order = np.random.default_rng(seed).permutation(len(train_split))
-        shuffled = with_labels(train_split, train_split.label_values[order])
-        data = replace(trained.data, splits={**splits, "train": shuffled})
-        result = fit(trained.config, data, tmp_path / str(seed))
-        scores = np.concatenate([predict(result.net, split)[:, 0] for split in splits.values()])
-        clicks = np.concatenate([split.label_values[:, 0] for split in splits.values()])
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        splits = {
+            name: with_labels(split, split.label_values[rng.permutation(len(split))])
+            for name, split in trained.data.splits.items()
+        }
+        result = fit(trained.config, replace(trained.data, splits=splits), tmp_path / str(seed))
+        held_out = [splits["calibration"], splits["test"]]
+        scores = np.concatenate([predict(result.net, split)[:, 0] for split in held_out])
+        clicks = np.concatenate([split.label_values[:, 0] for split in held_out])
         found.append(
             auc(scores.astype(np.float64), clicks.astype(np.float64), np.ones(len(clicks)))
         )
 
-    assert np.mean(found) == pytest.approx(0.5, abs=0.04)
+    assert np.mean(found) == pytest.approx(0.5, abs=0.02)
 
 
 def test_t48_equal_seeds_give_the_same_curve_and_weights(trained: Trained, tmp_path: Path) -> None:
