@@ -129,6 +129,9 @@ class OptimizerConfig(_Section):
         embedding_decay, dense_decay: decoupled weight decay per step, as a share of the rate.
         fresh_embeddings: whether the id tables are drawn anew at the start of each further epoch.
             Source: multi-epoch learning by re-initialised embeddings (arXiv 2305.19531) [memory].
+        recent_last: whether the last epoch of several goes through the rows by time, blurred by
+            `recent_blur` of the epoch: the weights then end on what is nearest to serving. Epochs
+            before, and a single one, are in random order.
         drop_record_share: share of requests trained without their user record.
         drop_id_share: share of item ids trained as unknown.
         average_decay: of the running average of weights that is evaluated and kept; 0 keeps the
@@ -150,6 +153,8 @@ class OptimizerConfig(_Section):
     max_epochs: int = Field(default=1, ge=1)
     min_steps: int = Field(default=1000, ge=0)
     fresh_embeddings: bool = True
+    recent_last: bool = True
+    recent_blur: float = Field(default=0.2, gt=0, le=1)
     patience: int = Field(default=4, ge=1)
     keep: Literal["best", "last"] = "best"
     evaluations_per_epoch: int = Field(default=4, ge=1)

@@ -207,8 +207,7 @@ class _Run:
             started = time.perf_counter()
             epoch, place = divmod(self.state.step, self.steps_per_epoch)
             if epoch != epoch_of_order:
-                rng = np.random.default_rng([options.seed, epoch])
-                order, epoch_of_order = rng.permutation(len(self._train)), epoch
+                order, epoch_of_order = self._order(epoch), epoch
             if epoch and not place and options.fresh_embeddings:
                 self._draw_embeddings(epoch)
             rows = order[place * self.batch_rows : (place + 1) * self.batch_rows]
@@ -222,6 +221,15 @@ class _Run:
             if in_epoch % every == 0 or in_epoch == self.steps_per_epoch:
                 self._evaluate()
                 self.save()
+
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+        """The epoch's order of the training rows, which lie by time."""
+        options, count = self.config.optimizer, len(self._train)
+        rng = np.random.default_rng([options.seed, epoch])
+        if options.recent_last and 0 < epoch == self.num_epochs - 1:
+            blurred = np.arange(count) + rng.random(count) * options.recent_blur * count
+            return np.argsort(blurred)
+        return rng.permutation(count)
 
     def resume(self) -> None:
         """Takes up the checkpoint of the run directory, if there is one.

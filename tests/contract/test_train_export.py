@@ -472,6 +472,7 @@ def test_scoring_without_records_ignores_what_is_stored(trained: Trained) -> Non
 
 def test_t47_shuffled_labels_teach_nothing(trained: Trained, tmp_path: Path) -> None:
     """Labels shuffled in every split; mean of eight shuffles on rows that nothing was chosen by."""
+    config = make_config(trained.path, max_epochs=1, evaluations_per_epoch=1)
     found = []
     for seed in range(8):
         rng = np.random.default_rng(seed)
@@ -479,7 +480,7 @@ def test_t47_shuffled_labels_teach_nothing(trained: Trained, tmp_path: Path) -> 
             name: with_labels(split, split.label_values[rng.permutation(len(split))])
             for name, split in trained.data.splits.items()
         }
-        result = fit(trained.config, replace(trained.data, splits=splits), tmp_path / str(seed))
+        result = fit(config, replace(trained.data, splits=splits), tmp_path / str(seed))
         held_out = [splits["calibration"], splits["test"]]
         scores = np.concatenate([predict(result.net, split)[:, 0] for split in held_out])
         clicks = np.concatenate([split.label_values[:, 0] for split in held_out])
@@ -633,6 +634,29 @@ def test_id_tables_start_anew_at_each_further_epoch(
     fit(config, trained.data, tmp_path)
 
     assert len(drawn) == expected
+
+
+def test_the_last_of_several_epochs_goes_by_time(trained: Trained, tmp_path: Path) -> None:
+    config = make_config(trained.path, max_epochs=3, recent_blur=0.1)
+    run = _Run(config, trained.data, run_dir=tmp_path, progress=quiet())
+    rows = len(trained.data.splits["train"])
+
+    orders = [run._order(epoch) for epoch in range(3)]
+
+    assert all(np.array_equal(np.sort(order), np.arange(rows)) for order in orders)
+    lags = [np.abs(order - np.arange(rows)).max() / rows for order in orders]
+    assert lags[0] > 0.5
+    assert lags[1] > 0.5
+    assert lags[2] <= 0.1
+
+
+def test_a_single_epoch_is_in_random_order(trained: Trained, tmp_path: Path) -> None:
+    config = make_config(trained.path, max_epochs=1)
+    run = _Run(config, trained.data, run_dir=tmp_path, progress=quiet())
+
+    order = run._order(0)
+
+    assert np.abs(order - np.arange(len(order))).max() > len(order) / 2
 
 
 def test_fresh_id_tables_are_near_zero_while_the_layers_above_stay(
