@@ -26,6 +26,7 @@ COMPARE = (
     "aitm",
     "escm2_ipw",
     "escm2_dr",
+    "esmm_adaftr",
     "tafe",
     "tafe_adaftr",
 )
@@ -168,7 +169,7 @@ def test_arms_of_the_comparison_are_of_a_size(written: Path, spec: NetSpec) -> N
         if arm != "lightgbm"
     }
 
-    assert len(sizes) == 10
+    assert len(sizes) == 11
     assert max(sizes.values()) <= 1.2 * min(sizes.values())
 
 
