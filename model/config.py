@@ -139,6 +139,9 @@ class OptimizerConfig(_Section):
         evaluations_per_epoch: how often validation is scored, and a checkpoint written.
         patience: evaluations without a better validation loss before the end; with fresh
             embeddings it should be no less than `evaluations_per_epoch`.
+        with_validation: whether the validation rows are trained on, too, after the training rows:
+            for the last training, when all is chosen, to come nearer to the time of serving. Needs
+            `keep = "last"`; validation metrics then are of rows that were seen.
         keep: which weights: "best" has the lowest validation loss, the sum of the cumulative steps'
             normalised entropies; "last" trains to the end whatever the validation says. Objectives
             that trade the cumulative probabilities for the conditional ones (ipw, dr) need "last".
@@ -157,11 +160,18 @@ class OptimizerConfig(_Section):
     recent_blur: float = Field(default=0.2, gt=0, le=1)
     patience: int = Field(default=4, ge=1)
     keep: Literal["best", "last"] = "best"
+    with_validation: bool = False
     evaluations_per_epoch: int = Field(default=4, ge=1)
     drop_record_share: float = Field(default=0.03, ge=0, lt=1)
     drop_id_share: float = Field(default=0.01, ge=0, lt=1)
     seed: int = 1
     num_threads: int = Field(default=0, ge=0, description="0: all cores")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.with_validation and self.keep != "last":
+            raise ValueError("with_validation leaves nothing to choose by: it needs keep = 'last'")
+        return self
 
 
 class FitConfig(_Section):

@@ -67,6 +67,19 @@ class EncodedSplit:
     def labels(self) -> Labels:
         return Labels(values=self.label_values, known=self.label_known, weight=self.weight)
 
+    def followed_by(self, other: "EncodedSplit") -> "EncodedSplit":
+        """This split's rows, then a later one's; users of the two are taken to be different."""
+        moved = {
+            "request_of": other.request_of + len(self.request_ids),
+            "user": other.user + self.user.max(initial=-1) + 1,
+        }
+        joined = {
+            name: np.concatenate([array, moved.get(name, getattr(other, name))])
+            for name, array in vars(self).items()
+            if array is not None
+        }
+        return EncodedSplit(**joined)
+
     def blocks(self, rows: "Rows | slice") -> Blocks:
         """Blocks of some impressions, as copies; each of their requests comes once."""
         if isinstance(rows, slice):

@@ -165,6 +165,8 @@ class _Run:
         self.average = copy.deepcopy(self.net)
         self.best_weights = copy.deepcopy(self.net.state_dict())
         self._train = data.splits["train"]
+        if config.optimizer.with_validation:
+            self._train = self._train.followed_by(data.splits["validation"])
         self.criterion = Criterion(config, self.net, step_rates=_base_rates(self._train))
         self.optimizer = _make_optimizer(self.net, self.criterion, config.optimizer)
         encoder = Encoder(data.fitted)

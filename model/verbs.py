@@ -114,6 +114,8 @@ def train(
         f"{encoded.report['rows_broken_chain']:,} dropped as they break the chain, "
         f"{_masked(encoded.report):,} masked as too young for a step"
     )
+    if config.optimizer.with_validation:
+        click.echo("The validation rows were trained on: their figures are of rows seen.")
     print_metrics({"validation": best})
 
 

@@ -6,14 +6,14 @@ conditional probability, as a network's is. LightGBM is an optional extra: it is
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from model.contract.blocks import Blocks
 from model.contract.encode import Encoder
@@ -56,6 +56,8 @@ class BoostingOptions(BaseModel):
             are left out, their target statistics being among the dense columns.
         max_rounds: trees of one model at most.
         patience: rounds without a better validation loss before the end.
+        with_validation: whether the validation rows are fitted, too; the number of rounds is then
+            that of the parameters (`num_iterations`), found before.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -66,6 +68,17 @@ class BoostingOptions(BaseModel):
     max_categories: int = Field(default=300, ge=0)
     max_rounds: int = Field(default=600, ge=1)
     patience: int = Field(default=30, ge=1)
+    with_validation: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = all("num_iterations" in parameters for parameters in (self.first, self.later))
+        if self.with_validation and (self.trials or not given):
+            raise ValueError(
+                "with_validation leaves nothing to choose by: it needs num_iterations in first and "
+                "later, and no trials"
+            )
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +224,11 @@ def fit_chain(
     boosters, fits, seconds = [], [], 0.0
     for t, step in enumerate(data.fitted.schema_.steps):
         started = time.perf_counter()
-        sets = _data_sets(lightgbm, data, plan, step=t)
+        splits = dict(data.splits)
+        if options.with_validation:
+            splits["train"] = splits["train"].followed_by(splits["validation"])
+        name_of_step = data.fitted.schema_.steps[t].name
+        sets = _data_sets(lightgbm, splits, plan, step=t, name_of_step=name_of_step)
         base = {**LATER, **options.later} if t else {**FIRST, **options.first}
         best: Any = None  # Any: lightgbm.Booster
         tried: list[Parameters] = []
@@ -248,25 +265,25 @@ def step_rows(
 
 def _data_sets(
     lightgbm: Any,  # Any: the module, untyped
-    data: EncodedData,
+    splits: Mapping[str, EncodedSplit],
     plan: ColumnPlan,
     *,
     step: int,
+    name_of_step: str,
 ) -> list[Any]:
     """A step's rows for training and for validation, as lightgbm.Dataset."""
     sets: list[Any] = []
     for name in ("train", "validation"):
-        rows, label, weight = step_rows(data.splits[name], step)
+        rows, label, weight = step_rows(splits[name], step)
         if not len(rows) or label.min() == label.max():
             raise TrainError(
                 f"of {len(rows)} {name} rows old enough, {int(label.sum())} have step "
-                f"{data.fitted.schema_.steps[step].name!r}: some with and some without it are "
-                "needed",
+                f"{name_of_step!r}: some with and some without it are needed",
                 where=name,
             )
         sets.append(
             lightgbm.Dataset(
-                plan.matrix(data.splits[name], rows),
+                plan.matrix(splits[name], rows),
                 label,
                 weight=weight,
                 categorical_feature=plan.categorical,
@@ -304,8 +321,12 @@ def _fit(
         num_boost_round=options.max_rounds,
         valid_sets=[sets[1]],
         valid_names=["validation"],
-        callbacks=[lightgbm.early_stopping(options.patience, verbose=False)],
+        callbacks=[]
+        if options.with_validation
+        else [lightgbm.early_stopping(options.patience, verbose=False)],
     )
+    if options.with_validation:
+        return booster, float("nan")
     loss = float(booster.best_score["validation"]["binary_logloss"])
     best = booster.model_to_string(num_iteration=booster.best_iteration)
     return lightgbm.Booster(model_str=best), loss

@@ -16,6 +16,7 @@ import tomli_w
 import torch
 from click.testing import CliRunner
 from onnx import numpy_helper
+from pydantic import ValidationError
 
 from model import export, verbs
 from model.calibrate import Calibrator, calibrated_probabilities
@@ -648,6 +649,30 @@ def test_the_last_of_several_epochs_goes_by_time(trained: Trained, tmp_path: Pat
     assert lags[0] > 0.5
     assert lags[1] > 0.5
     assert lags[2] <= 0.1
+
+
+def test_validation_rows_are_trained_on_when_all_is_chosen(
+    trained: Trained, tmp_path: Path
+) -> None:
+    config = make_config(trained.path, max_epochs=1, with_validation=True, keep="last")
+    train_split, validation = (trained.data.splits[n] for n in ("train", "validation"))
+
+    run = _Run(config, trained.data, run_dir=tmp_path, progress=quiet())
+
+    joined = run._train
+    assert len(joined) == len(train_split) + len(validation)
+    rows = np.arange(len(train_split), len(joined))
+    found, expected = joined.blocks(rows), validation.blocks(rows - len(train_split))
+    np.testing.assert_array_equal(found.request.dense, expected.request.dense)
+    np.testing.assert_array_equal(found.candidate.ids, expected.candidate.ids)
+    np.testing.assert_array_equal(found.request_of, expected.request_of)
+    np.testing.assert_array_equal(joined.label_values[rows], validation.label_values)
+    assert fit(config, trained.data, tmp_path).state.step == -(-len(joined) // 128)
+
+
+def test_validation_rows_cannot_be_trained_on_and_chosen_by(trained: Trained) -> None:
+    with pytest.raises(ValidationError, match="needs keep = 'last'"):
+        make_config(trained.path, with_validation=True)
 
 
 def test_a_single_epoch_is_in_random_order(trained: Trained, tmp_path: Path) -> None:
