@@ -5,7 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from model.contract.errors import SpecError
 from model.contract.spec import describe_errors
@@ -138,13 +146,14 @@ class OptimizerConfig(_Section):
             weights themselves.
         evaluations_per_epoch: how often validation is scored, and a checkpoint written.
         patience: evaluations without a better validation loss before the end; with fresh
-            embeddings it should be no less than `evaluations_per_epoch`.
+            embeddings all epochs are run.
         with_validation: whether the validation rows are trained on, too, after the training rows:
-            for the last training, when all is chosen, to come nearer to the time of serving. Needs
-            `keep = "last"`; validation metrics then are of rows that were seen.
+            for the last training, when all is chosen, to come nearer to the time of serving. The
+            last weights are kept; validation metrics then are of rows that were seen.
         keep: which weights: "best" has the lowest validation loss, the sum of the cumulative steps'
-            normalised entropies; "last" trains to the end whatever the validation says. Objectives
-            that trade the cumulative probabilities for the conditional ones (ipw, dr) need "last".
+            normalised entropies; "last" trains to the end whatever the validation says; "auto" is
+            "last" for objectives that trade the cumulative probabilities for the conditional ones
+            (ipw, tempered and dr without e2e) and `with_validation`, else "best".
     """
 
     batch_rows: int = Field(default=2048, ge=1)
@@ -158,8 +167,8 @@ class OptimizerConfig(_Section):
     fresh_embeddings: bool = True
     recent_last: bool = True
     recent_blur: float = Field(default=0.2, gt=0, le=1)
-    patience: int = Field(default=4, ge=1)
-    keep: Literal["best", "last"] = "best"
+    patience: int = Field(default=3, ge=1)
+    keep: Literal["auto", "best", "last"] = "auto"
     with_validation: bool = False
     evaluations_per_epoch: int = Field(default=4, ge=1)
     drop_record_share: float = Field(default=0.03, ge=0, lt=1)
@@ -169,8 +178,8 @@ class OptimizerConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.with_validation and self.keep != "last":
-            raise ValueError("with_validation leaves nothing to choose by: it needs keep = 'last'")
+        if self.with_validation and self.keep == "best":
+            raise ValueError("with_validation leaves nothing to choose the best weights by")
         return self
 
 
@@ -188,6 +197,13 @@ class FitConfig(_Section):
         "platt",
         "isotonic",
     )
+
+    @field_validator("methods")
+    @classmethod
+    def _check(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("name at least one method; 'identity' leaves the logits as they are")
+        return value
 
 
 class GatesConfig(_Section):
@@ -223,6 +239,17 @@ class TrainConfig(_Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     calibration: FitConfig = FitConfig()
     gates: GatesConfig = GatesConfig()
+
+    @property
+    def keeps_last(self) -> bool:
+        """Whether the last weights are kept, not those of the lowest validation loss.
+
+        That loss is of the cumulative steps, against which `ipw`, `tempered` and `dr` alone work.
+        """
+        objective, optimizer = self.objective, self.optimizer
+        is_weighted = objective.name in ("ipw", "tempered", "dr") and not objective.e2e_weight
+        is_last_by_itself = is_weighted or optimizer.with_validation
+        return optimizer.keep == "last" or (optimizer.keep == "auto" and is_last_by_itself)
 
     def dump(self) -> dict[str, Any]:  # Any: TOML values
         """Plain data for TOML and JSON; unset values are left out."""

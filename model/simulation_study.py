@@ -166,6 +166,15 @@ def _print(summary: dict[str, dict[str, Any]], *, rows: int, seeds: int) -> None
     Console().print(table)
 
 
+def _claim(out: Path, overrides: Sequence[str]) -> None:
+    """Keeps results of other overrides from being taken for these."""
+    path, text = out / "overrides.json", json.dumps(sorted(overrides))
+    if path.exists() and path.read_text() != text:
+        raise click.UsageError(f"{out} holds results of --set {path.read_text()}; take another OUT")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
 @click.command()
 @click.option("--rows", type=click.IntRange(min=10_000), default=1_200_000, show_default=True)
 @click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True)
@@ -176,6 +185,7 @@ def main(
     rows: int, seeds: int, out: Path, objectives: tuple[str, ...], overrides: tuple[str, ...]
 ) -> None:
     """Trains linear heads on restricted and rich features by each objective, against the truth."""
+    _claim(out, overrides)
     simulations = [Simulation(rows=rows, seed=seed) for seed in range(1, seeds + 1)]
     with spinner() as say:
         for simulation in simulations:

@@ -6,6 +6,7 @@ uninterrupted one.
 """
 
 import copy
+import hashlib
 import os
 import time
 from collections.abc import Callable
@@ -198,6 +199,22 @@ class _Run:
         needed = -(-options.min_steps // self.steps_per_epoch)
         return max(options.max_epochs, min(needed, 10))
 
+    @property
+    def _epochs_are_chosen(self) -> bool:
+        """Whether the epochs are the configured ones.
+
+        Of a small log's many, each is too short to learn new tables in.
+        """
+        return self.num_epochs <= self.config.optimizer.max_epochs
+
+    @property
+    def _is_out_of_patience(self) -> bool:
+        """Never where tables are drawn anew: at first they score worse than the old ones did."""
+        options = self.config.optimizer
+        if options.fresh_embeddings and options.max_epochs > 1 and self._epochs_are_chosen:
+            return False
+        return self.state.stale >= options.patience
+
     def fit(self) -> None:
         """Steps until patience or epochs run out; evaluates and saves on the way."""
         options = self.config.optimizer
@@ -205,12 +222,12 @@ class _Run:
         every = max(1, -(-self.steps_per_epoch // options.evaluations_per_epoch))
         order, epoch_of_order = np.empty(0, np.int64), -1
         running = 0.0
-        while self.state.step < last_step and self.state.stale < options.patience:
+        while self.state.step < last_step and not self._is_out_of_patience:
             started = time.perf_counter()
             epoch, place = divmod(self.state.step, self.steps_per_epoch)
             if epoch != epoch_of_order:
                 order, epoch_of_order = self._order(epoch), epoch
-            if epoch and not place and options.fresh_embeddings:
+            if epoch and not place and options.fresh_embeddings and self._epochs_are_chosen:
                 self._draw_embeddings(epoch)
             rows = order[place * self.batch_rows : (place + 1) * self.batch_rows]
             loss = self._step(rows, last_step)
@@ -228,7 +245,8 @@ class _Run:
         """The epoch's order of the training rows, which lie by time."""
         options, count = self.config.optimizer, len(self._train)
         rng = np.random.default_rng([options.seed, epoch])
-        if options.recent_last and 0 < epoch == self.num_epochs - 1:
+        is_last = 0 < epoch == self.num_epochs - 1
+        if options.recent_last and is_last and self._epochs_are_chosen:
             blurred = np.arange(count) + rng.random(count) * options.recent_blur * count
             return np.argsort(blurred)
         return rng.permutation(count)
@@ -280,7 +298,10 @@ class _Run:
 
     def _fingerprint(self) -> str:
         sections = self.config.model_dump_json(exclude={"data", "calibration", "gates"})
-        return f"{sections} {self.data.fitted.schema_.sha256} {len(self._train)}"
+        # Vocabularies and moments are of all features: other events or attributes change them.
+        digest = hashlib.sha256(self.data.fitted.model_dump_json().encode())
+        digest.update(self._train.label_values.tobytes())
+        return f"{sections} {digest.hexdigest()}"
 
     def _step(self, rows: npt.NDArray[np.int64], last_step: int) -> float:
         options, step = self.config.optimizer, self.state.step
@@ -311,8 +332,6 @@ class _Run:
 
     def _draw_embeddings(self, epoch: int) -> None:
         """New id tables for an epoch, in the average, too; the optimiser forgets the old ones."""
-        # They score worse at first than the old ones did at last: patience begins anew.
-        self.state.stale = 0
         torch.manual_seed(self.config.optimizer.seed * 1_000_003 - epoch)
         for module in self.net.modules():
             if isinstance(module, FieldEmbedding):
@@ -354,7 +373,7 @@ class _Run:
         # Normalised entropies, so that the rare last step counts as much as the first.
         loss = float(np.sum([metrics[f"ne_{name}"] for name in space_names(schema)[0]]))
         self.state.evaluations.append({"step": self.state.step, "loss": loss, **metrics})
-        if loss < self.state.best or self.config.optimizer.keep == "last":
+        if loss < self.state.best or self.config.keeps_last:
             self.state.best, self.state.best_step, self.state.stale = loss, self.state.step, 0
             self.best_weights = copy.deepcopy(self.average.state_dict())
         else:

@@ -129,4 +129,4 @@ def _outcome(task: Task, error: str | None) -> str:
     if result is None:
         return "done"
     names = [f"auc_{name}" for name in result["spaces"]["cumulative"]]
-    return ", ".join(f"{name} {result['test'][name] or float('nan'):.4f}" for name in names)
+    return ", ".join(f"{name} {result['test'].get(name) or float('nan'):.4f}" for name in names)

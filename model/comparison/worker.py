@@ -171,6 +171,8 @@ def claim_run_dir(task: Task) -> None:
     mark = f"{task.fingerprint} {task.num_threads}"
     path = task.run_dir / MARK
     if not path.exists() or path.read_text() != mark:
+        # An older result is of another model than the one that is about to lie here.
+        task.result_path.unlink(missing_ok=True)
         shutil.rmtree(task.run_dir, ignore_errors=True)
         task.run_dir.mkdir(parents=True)
         path.write_text(mark)

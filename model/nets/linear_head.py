@@ -28,6 +28,7 @@ class LinearHead(Net):
     """
 
     options_type = LinearHeadOptions
+    has_step_representations = False
 
     def __init__(self, spec: NetSpec, options: LinearHeadOptions) -> None:
         """Builds the network; the later steps start at nothing but their base rates.

@@ -80,7 +80,8 @@ class Tafe(Net):
         super().__init__()
         self.options = options
         self.representation_width = self.shared_width = options.pattern
-        self.has_step_representations = options.selector != "off"
+        selects = options.selector == "gate" or (options.selector != "off" and options.patterns > 1)
+        self.has_step_representations = selects or options.use_transfer
         self.tokens = (
             GroupedTokens(spec, options)
             if options.tokens == "grouped"

@@ -614,6 +614,31 @@ def test_a_run_killed_between_evaluations_resumes_to_the_same_weights(
     assert resumed.state.evaluations == trained.result.state.evaluations
 
 
+def test_a_small_logs_many_epochs_keep_their_tables(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is too short to learn new tables in."""
+    drawn = []
+    monkeypatch.setattr(_Run, "_draw_embeddings", lambda self, epoch: drawn.append(epoch))
+    config = make_config(trained.path, max_epochs=2, min_steps=200, patience=99)
+
+    assert fit(config, trained.data, tmp_path).state.step > 2 * 19
+    assert drawn == []
+
+
+def test_a_checkpoint_of_other_events_is_not_taken_up(trained: Trained, tmp_path: Path) -> None:
+    config = make_config(trained.path, max_epochs=1)
+    fit(config, trained.data, tmp_path)
+    moments = {
+        name: entry.model_copy(update={"mean": entry.mean + 1.0})
+        for name, entry in trained.data.fitted.moments.items()
+    }
+    fitted = trained.data.fitted.model_copy(update={"moments": moments})
+
+    with pytest.raises(TrainError, match="other data"):
+        fit(config, replace(trained.data, fitted=fitted), tmp_path)
+
+
 @pytest.mark.parametrize(("is_fresh", "expected"), [(True, 3), (False, 1)])
 def test_id_tables_start_anew_at_each_further_epoch(
     trained: Trained,
@@ -654,7 +679,7 @@ def test_the_last_of_several_epochs_goes_by_time(trained: Trained, tmp_path: Pat
 def test_validation_rows_are_trained_on_when_all_is_chosen(
     trained: Trained, tmp_path: Path
 ) -> None:
-    config = make_config(trained.path, max_epochs=1, with_validation=True, keep="last")
+    config = make_config(trained.path, max_epochs=1, with_validation=True)
     train_split, validation = (trained.data.splits[n] for n in ("train", "validation"))
 
     run = _Run(config, trained.data, run_dir=tmp_path, progress=quiet())
@@ -671,8 +696,8 @@ def test_validation_rows_are_trained_on_when_all_is_chosen(
 
 
 def test_validation_rows_cannot_be_trained_on_and_chosen_by(trained: Trained) -> None:
-    with pytest.raises(ValidationError, match="needs keep = 'last'"):
-        make_config(trained.path, with_validation=True)
+    with pytest.raises(ValidationError, match="nothing to choose the best weights by"):
+        make_config(trained.path, with_validation=True, keep="best")
 
 
 def test_a_single_epoch_is_in_random_order(trained: Trained, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomli_w
@@ -139,3 +140,29 @@ def test_what_is_dumped_is_read_back_the_same(path: Path) -> None:
 def test_shares_that_leave_nothing_between_are_refused(path: Path) -> None:
     with pytest.raises(SpecError, match="train_share"):
         load_config(path, overrides=["split.train_share=0.9", "split.test_share=0.2"])
+
+
+@pytest.mark.parametrize(
+    ("objective", "optimizer", "expected"),
+    [
+        ({"name": "e2e"}, {}, False),
+        ({"name": "ipw"}, {}, True),
+        ({"name": "dr"}, {}, True),
+        ({"name": "ipw", "e2e_weight": 1.0}, {}, False),
+        ({"name": "ipw"}, {"keep": "best"}, False),
+        ({"name": "e2e"}, {"keep": "last"}, True),
+        ({"name": "e2e"}, {"with_validation": True}, True),
+    ],
+)
+def test_last_weights_are_kept_where_the_validation_loss_says_nothing(
+    objective: dict[str, Any], optimizer: dict[str, Any], expected: bool
+) -> None:
+    config = TrainConfig.model_validate(
+        {
+            "data": {"impressions": "x", "schema_file": "y"},
+            "objective": objective,
+            "optimizer": optimizer,
+        }
+    )
+
+    assert config.keeps_last is expected
