@@ -260,7 +260,7 @@ def test_shipped_comparison_is_valid() -> None:
 
 def wait_for_reader(fifo: Path) -> int:
     """A descriptor of the writing end, once a worker reads the other one; it waits for bytes."""
-    for _ in range(3000):
+    for _ in range(12_000):  # two minutes: importing is slow on a busy machine
         try:
             return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
         except OSError:
@@ -278,7 +278,6 @@ def stuck(path: Path) -> tuple[Task, Path]:
     return task, fifo
 
 
-@pytest.mark.timeout(60)
 def test_interrupt_ends_the_workers(stuck: tuple[Task, Path]) -> None:
     task, fifo = stuck
     ends: list[int] = []
@@ -311,7 +310,7 @@ def test_worker_ends_when_its_parent_is_gone(stuck: tuple[Task, Path]) -> None:
         end = wait_for_reader(fifo)
         assert worker.stdin is not None
         worker.stdin.close()
-        assert worker.wait(30) == 1
+        assert worker.wait(120) == 1
     os.close(end)
 
 
