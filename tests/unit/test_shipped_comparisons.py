@@ -29,6 +29,7 @@ COMPARE = (
     "esmm_adaftr",
     "tafe",
     "tafe_adaftr",
+    "esmm_with_validation",
 )
 ABLATIONS = (
     "tafe",
@@ -169,7 +170,7 @@ def test_arms_of_the_comparison_are_of_a_size(written: Path, spec: NetSpec) -> N
         if arm != "lightgbm"
     }
 
-    assert len(sizes) == 11
+    assert len(sizes) == 12
     assert max(sizes.values()) <= 1.2 * min(sizes.values())
 
 
