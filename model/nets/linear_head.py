@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt
 from torch import nn
 
 from model.contract.errors import SpecError
-from model.nets.layers import FieldEmbedding, Net, NetInput, NetOutput, NetSpec, Options, mlp
+from model.nets.layers import InputLayer, Net, NetInput, NetOutput, NetSpec, Options, mlp
 
 
 class LinearHeadOptions(Options):
@@ -44,12 +44,7 @@ class LinearHead(Net):
             )
         self.options = options
         self.representation_width = self.shared_width = options.widths[-1]
-        width = options.embedding
-        self.embedding = FieldEmbedding(spec, width=width)
-        num_request = (len(spec.request_tables) + len(spec.histories)) * width + spec.request_dense
-        num_candidate = len(spec.candidate_tables) * width + spec.candidate_dense
-        self.request_layer = nn.Linear(num_request, options.widths[0]) if num_request else None
-        self.candidate_layer = nn.Linear(num_candidate, options.widths[0], bias=not num_request)
+        self.input = InputLayer(spec, embedding=options.embedding, outputs=options.widths[0])
         self.dropout = nn.Dropout(options.dropout)
         self.bottom = mlp(options.widths, dropout=options.dropout)
         self.click_head = nn.Linear(options.widths[-1], 1)
@@ -61,19 +56,11 @@ class LinearHead(Net):
 
     def forward(self, inputs: NetInput) -> NetOutput:
         """See `Net`."""
-        candidate = torch.cat(
-            [self.embedding.candidate(inputs).flatten(1), inputs.candidate_dense], dim=1
-        )
-        hidden = self.candidate_layer(candidate)
+        shared = self.bottom(self.dropout(torch.relu(self.input(inputs))))
         dense = inputs.candidate_dense
-        if self.request_layer is not None:
-            request = torch.cat(
-                [self.embedding.request(inputs).flatten(1), inputs.request_dense], dim=1
-            )
-            hidden = hidden + self.request_layer(request).index_select(0, inputs.request_of)
+        if self.input.request is not None:
             request_dense = inputs.request_dense.index_select(0, inputs.request_of)
             dense = torch.cat([request_dense, dense], dim=1)
-        shared = self.bottom(self.dropout(torch.relu(hidden)))
         logits = torch.cat([self.click_head(shared), self.later_heads(dense)], dim=1)
         representations = shared.unsqueeze(1).expand(-1, self.num_steps, -1)
         return self.output(logits, representations=representations, shared=shared)
