@@ -121,13 +121,7 @@ def pack_record(record: UserRecord) -> bytes:
     Raises:
         RecordError: arrays of one entry differ in length, or keys are not strictly ascending.
     """
-    for name, entries in record.matches.items():
-        _check_match(name, entries)
-    for name, history in record.histories.items():
-        if len(history.ids) != len(history.times):
-            raise RecordError(f"history {name!r}: ids and times differ in length", where=name)
-    for name, recent in record.recents.items():
-        _check_recent(name, recent)
+    _check(record)
     return _ENCODER.encode(
         _WireRecord(
             record_version=RECORD_VERSION,
@@ -206,20 +200,15 @@ def unpack_record(data: bytes) -> UserRecord:
         }
     except ValueError as exc:
         raise RecordError(f"an array's length does not fit its type: {exc}") from exc
-    for name, entries in matches.items():
-        _check_match(name, entries)
-    for name, history in histories.items():
-        if len(history.ids) != len(history.times):
-            raise RecordError(f"history {name!r}: ids and times differ in length", where=name)
-    for name, recent_entries in recents.items():
-        _check_recent(name, recent_entries)
-    return UserRecord(
+    record = UserRecord(
         updated_at=wire.updated_at,
         features=wire.features,
         matches=matches,
         histories=histories,
         recents=recents,
     )
+    _check(record)
+    return record
 
 
 def look_up(
@@ -239,6 +228,16 @@ def look_up(
     counts[found] = entries.counts[position[found]]
     times[found] = entries.last_times[position[found]]
     return counts, times
+
+
+def _check(record: UserRecord) -> None:
+    for name, entries in record.matches.items():
+        _check_match(name, entries)
+    for name, history in record.histories.items():
+        if len(history.ids) != len(history.times):
+            raise RecordError(f"history {name!r}: ids and times differ in length", where=name)
+    for name, recent in record.recents.items():
+        _check_recent(name, recent)
 
 
 def _check_recent(name: str, entries: RecentEntries) -> None:
