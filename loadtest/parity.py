@@ -24,6 +24,7 @@ from loadtest.rig import running_service
 from model.calibrate import calibrated_probabilities
 from model.contract.bundle import parity_excess
 from model.contract.ids import canonical_id
+from model.contract.log_spec import num_unserved
 from model.contract.record import pack_record
 from model.contract.spec import TimePart, raw_columns
 from model.contract.times import format_time
@@ -109,8 +110,9 @@ def trainer_predictions(
     logits = predict(run.net, test)[np.concatenate([case.rows for case in cases])]
     conditional = calibrated_probabilities(logits, run.calibrators)
     cumulative = np.cumprod(conditional.astype(np.float64), axis=1).astype(np.float32)
-    columns = [*cumulative.T, conditional[:, -1]]
-    return dict(zip(run.fitted.schema_.output_names, columns, strict=True))
+    schema = run.fitted.schema_
+    columns = [*cumulative.T[num_unserved(schema.steps) :], conditional[:, -1]]
+    return dict(zip(schema.output_names, columns, strict=True))
 
 
 def service_answers(

@@ -33,7 +33,8 @@ from model.contract.bundle import (
 )
 from model.contract.encode import Encoder
 from model.contract.errors import ParityError
-from model.contract.spec import FIRST_CODE, MISSING_CODE, UNKNOWN_CODE
+from model.contract.log_spec import num_unserved
+from model.contract.spec import FIRST_CODE, MISSING_CODE, UNKNOWN_CODE, Schema
 from model.dataset import EncodedSplit
 from model.golden import golden_requests, synthetic_requests
 from model.nets.layers import Net, NetInput
@@ -53,11 +54,20 @@ Probabilities = dict[str, npt.NDArray[np.float32]]
 
 
 class ScoringGraph(nn.Module):
-    """Blocks to probabilities: network, calibrators, then the chain's product."""
+    """Blocks to probabilities: network, calibrators, then the chain's product.
 
-    def __init__(self, net: Net, calibrators: Sequence[Calibrator]) -> None:
+    Args:
+        net: trained.
+        calibrators: one per step.
+        num_unserved: steps at the chain's start that are factors and no outputs.
+    """
+
+    def __init__(
+        self, net: Net, calibrators: Sequence[Calibrator], *, num_unserved: int = 0
+    ) -> None:
         super().__init__()
         self.net = net
+        self.num_unserved = num_unserved
         self.calibrators = nn.ModuleList([CalibratorLayer(c) for c in calibrators])
 
     def forward(
@@ -69,7 +79,7 @@ class ScoringGraph(nn.Module):
         candidate_dense: Tensor,
         request_of: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Cumulative probability of every step, then the last conditional, float32 [N] each.
+        """Cumulative probability of every served step, then the last conditional, [N] each.
 
         P_t = P_{t-1} c_t with c_t <= 1: rounding is monotone, so P_t <= P_{t-1} exactly.
         """
@@ -91,7 +101,12 @@ class ScoringGraph(nn.Module):
         cumulative = [conditional[0]]
         for probability in conditional[1:]:
             cumulative.append(cumulative[-1] * probability)
-        return (*cumulative, conditional[-1])
+        return (*cumulative[self.num_unserved :], conditional[-1])
+
+
+def scoring_graph(net: Net, calibrators: Sequence[Calibrator], *, schema: Schema) -> ScoringGraph:
+    """The graph of a schema's chain, ready to be exported."""
+    return ScoringGraph(net, calibrators, num_unserved=num_unserved(schema.steps)).eval()
 
 
 def export_bundle(
@@ -111,7 +126,7 @@ def export_bundle(
         ParityError: the graph, run by ONNX Runtime, does not score as torch does; nothing is
             written.
     """
-    graph = ScoringGraph(net, calibrators).eval()
+    graph = scoring_graph(net, calibrators, schema=encoder.schema)
     names = encoder.schema.output_names
     raw = golden_requests(encoder, last_time=last_time)
     blocks = raw.encode(encoder)

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import roc_auc_score
 
+from model.contract.log_spec import serves_click_and_conversion
 from model.contract.spec import Schema
 from model.logs import Labels
 
@@ -113,10 +114,11 @@ def ece(predicted: Floats, label: Floats, weight: Floats) -> float:
 def space_names(schema: Schema) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the spaces: of each cumulative step, and of each conditional from the second on."""
     names = [step.name for step in schema.steps]
-    if names == ["click", "conversion"]:
-        return ("ctr", "ctcvr"), ("cvr_clicked",)
+    cumulative = tuple(f"p_{name}" for name in names)
     conditional = tuple(f"{b}_given_{a}" for a, b in pairwise(names))
-    return tuple(f"p_{name}" for name in names), conditional
+    if serves_click_and_conversion(schema.steps):
+        return (*cumulative[:-2], "ctr", "ctcvr"), (*conditional[:-1], "cvr_clicked")
+    return cumulative, conditional
 
 
 def chain_metrics(

@@ -1,7 +1,5 @@
 """Metrics of predictions against known probabilities, over every impression: simulators only."""
 
-from itertools import pairwise
-
 import numpy as np
 import numpy.typing as npt
 
@@ -15,10 +13,10 @@ def entire_space_names(schema: Schema) -> tuple[tuple[str, ...], tuple[str, ...]
     "all" in a name says that a conditional probability is measured on all impressions, not on those
     with the step before. Source: papers.md 6.1.
     """
-    names = [step.name for step in schema.steps]
-    if names == ["click", "conversion"]:
-        return space_names(schema)[0], ("cvr_all",)
-    return space_names(schema)[0], tuple(f"{b}_given_{a}_all" for a, b in pairwise(names))
+    cumulative, conditional = space_names(schema)
+    return cumulative, tuple(
+        "cvr_all" if name == "cvr_clicked" else f"{name}_all" for name in conditional
+    )
 
 
 def truth_metrics(

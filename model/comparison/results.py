@@ -106,7 +106,11 @@ def summarise(
     if not present:
         return None
     first = next(iter(present.values()))[0]
-    spaces = first.content["spaces"]
+    # Arms may differ in the steps before the served ones.
+    spaces = {
+        kind: _shared([found[0].content["spaces"][kind] for found in present.values()])
+        for kind in first.content["spaces"]
+    }
     sort_by = sort_by or f"auc_{spaces['cumulative'][-1]}"
     base = present.get(reference)
     arms = [
@@ -239,20 +243,26 @@ def _drawn_differences(
     runs: Sequence[RunResult], reference: Sequence[RunResult]
 ) -> dict[str, tuple[float, float]] | None:
     """Interval of each metric's difference; draw k of both sides is of the same users."""
-    shapes = {(run.drawn.names, run.drawn.values.shape) for run in (*runs, *reference)}
-    if not _same_rows(runs, reference) or len(shapes) > 1:
+    both = (*runs, *reference)
+    if not _same_rows(runs, reference) or len({len(run.drawn.values) for run in both}) > 1:
         return None
-    own, other = (
-        np.stack([run.drawn.values for run in side]).mean(axis=0) for side in (runs, reference)
-    )
     intervals = {}
-    for j, name in enumerate(runs[0].drawn.names):
-        values = (own - other)[:, j]
+    for name in _shared([run.drawn.names for run in both]):
+        own, other = (
+            np.mean([run.drawn.values[:, run.drawn.names.index(name)] for run in side], axis=0)
+            for side in (runs, reference)
+        )
+        values = own - other
         values = values[np.isfinite(values)]
         if len(values):
             low, high = np.quantile(values, INTERVAL)
             intervals[name] = (float(low), float(high))
     return intervals
+
+
+def _shared(names: Sequence[Sequence[str]]) -> list[str]:
+    """Those that all have, in the first one's order."""
+    return [name for name in names[0] if all(name in other for other in names)]
 
 
 def _read_cost(tasks: Sequence[Task]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from model.config import TrainConfig
 from model.console import without_nan
 from model.contract.encode import Encoder
 from model.contract.errors import ContractError
+from model.contract.log_spec import num_unserved
 from model.dataset import EncodedData, EncodedSplit, load_data
 from model.metrics import chain_metrics, space_names
 
@@ -161,7 +162,7 @@ def _train(task: Task, data: EncodedData, say: Say) -> None:
             "num_threads": task.num_threads,
             "seconds": round(time.time() - started, 1),
             "data_sha256": _digest(json.dumps(data.report, sort_keys=True).encode()),
-            "test_sha256": _digest(*_label_bytes(test)),
+            "test_sha256": _digest(*_label_bytes(test, num_unserved(schema.steps))),
         },
     )
 
@@ -259,11 +260,11 @@ def _cost(task: Task, data: EncodedData) -> dict[str, Any]:  # Any: JSON
     blocks = golden_requests(encoder, last_time=float(time_range[1])).encode(encoder)
     request = one_request(blocks, COST_ROWS)
     if task.boosting is None:
-        from model.export import ScoringGraph, make_session, to_onnx
+        from model.export import make_session, scoring_graph, to_onnx
         from model.run import read_run
 
         run = read_run(task.run_dir)
-        graph = ScoringGraph(run.net, run.calibrators).eval()
+        graph = scoring_graph(run.net, run.calibrators, schema=encoder.schema)
         model = to_onnx(graph, blocks=blocks, outputs=encoder.schema.output_names)
         session = make_session(model)
         runtime = "ONNX Runtime"
@@ -303,8 +304,10 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:  # Any: JSON
     temporary.replace(path)
 
 
-def _label_bytes(split: EncodedSplit) -> list[bytes]:
-    arrays = (split.label_values, split.label_known, split.weight, split.user)
+def _label_bytes(split: EncodedSplit, first: int) -> list[bytes]:
+    """Of the rows and their labels from a step on: what two chains have in common."""
+    labels = (split.label_values[:, first:], split.label_known[:, first:])
+    arrays = (*labels, split.weight, split.user)
     return [array.tobytes() for array in arrays]
 
 

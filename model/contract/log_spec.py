@@ -1,5 +1,6 @@
 """What a log and its events are read by: columns, the chain's steps, statistics of events."""
 
+from collections.abc import Sequence
 from typing import Literal, Self
 
 from pydantic import (
@@ -22,13 +23,16 @@ class Step(Frozen):
     """One event of the chain.
 
     Attributes:
-        name: of the step; the graph's output is `p_<name>`.
+        name: of the step; the graph's output is `p_<name>`, see `output_names`.
         label: label column, 0 or 1.
         time: column with the event's time, None when the log has none.
         window_days: how long after the impression the event counts. Rows younger than this when the
             log ends are masked for the step: their label may still turn.
         truth: column with the known probability of the step given the one before, as the label is
             defined (within the window); simulators have it. Never a feature, never trained on.
+        served: whether the graph answers the step. The first steps of a chain may be left out: they
+            are learnt, because a common step before a rare one teaches it, and stay a factor of
+            the steps after them.
     """
 
     name: str
@@ -36,12 +40,48 @@ class Step(Frozen):
     time: str | None = None
     window_days: float | None = Field(default=None, gt=0)
     truth: str | None = None
+    served: bool = True
 
     @model_serializer(mode="wrap")
-    def _leave_out_unset_truth(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
-        # The digest of a schema without it stays that of releases that did not know it.
+    def _leave_out_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+        # The digest of a schema without them stays that of releases that did not know them.
         content: dict[str, object] = handler(self)
-        return {k: v for k, v in content.items() if k != "truth" or v is not None}
+        unset = {"truth": None, "served": True}
+        return {k: v for k, v in content.items() if k not in unset or v is not unset[k]}
+
+
+def check_served(steps: Sequence[Step]) -> None:
+    """Refuses steps that are left out of the answer elsewhere than at the chain's start.
+
+    Raises:
+        ValueError: one is left out after a served step, or fewer than two are served.
+    """
+    first = num_unserved(steps)
+    for step in steps[first:]:
+        if not step.served:
+            raise ValueError(
+                f"step {step.name!r}: served = false is for the first steps of a chain"
+            )
+    if len(steps) - first < 2:
+        raise ValueError("the last two steps of a chain are always served")
+
+
+def num_unserved(steps: Sequence[Step]) -> int:
+    """How many steps at the chain's start are learnt and not answered."""
+    return next((t for t, step in enumerate(steps) if step.served), len(steps))
+
+
+def serves_click_and_conversion(steps: Sequence[Step]) -> bool:
+    """Whether the answer is that of the field's usual chain, under its usual names."""
+    return tuple(step.name for step in steps if step.served) == ("click", "conversion")
+
+
+def output_names(steps: Sequence[Step]) -> tuple[str, ...]:
+    """Names of the graph's outputs: the cumulative of every served step, the last conditional."""
+    if serves_click_and_conversion(steps):
+        return ("pctr", "pctcvr", "pcvr")
+    names = [step.name for step in steps if step.served]
+    return (*(f"p_{name}" for name in names), f"p_{names[-1]}_given_{names[-2]}")
 
 
 class LogColumns(Frozen):

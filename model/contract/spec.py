@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from model.contract import log_spec
 from model.contract.errors import SpecError
 from model.contract.log_spec import EventStatistic, Frozen, LogColumns, Step
 
@@ -244,6 +245,7 @@ class Schema(Frozen):
         names += [n for f in self.features if isinstance(f, Recent) for n in f.statistics]
         _refuse_repeats(names, "feature")
         _refuse_repeats([step.name for step in self.steps], "step")
+        log_spec.check_served(self.steps)
         forbidden = {c for step in self.steps for c in (step.label, step.time, step.truth)}
         forbidden |= {self.log.weight, self.log.negative_keep_rate, self.log.split}
         for feature in self.features:
@@ -317,11 +319,8 @@ class Schema(Frozen):
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """Names of the graph's outputs: the cumulative of every step, then the last conditional."""
-        names = tuple(step.name for step in self.steps)
-        if names == ("click", "conversion"):
-            return ("pctr", "pctcvr", "pcvr")
-        return (*(f"p_{name}" for name in names), f"p_{names[-1]}_given_{names[-2]}")
+        """Names of the graph's outputs, see `log_spec.output_names`."""
+        return log_spec.output_names(self.steps)
 
     def feature(self, name: str) -> Feature:
         """The feature of that name.

@@ -222,6 +222,17 @@ def test_spaces_are_named_by_steps(
     assert space_names(schema(*names)) == (cumulative, conditional)
 
 
+def test_a_step_before_the_served_ones_leaves_their_names() -> None:
+    longer = schema("category", "click", "conversion")
+    first = longer.steps[0].model_copy(update={"served": False})
+    hidden = longer.model_copy(update={"steps": (first, *longer.steps[1:])})
+
+    assert space_names(hidden) == (
+        ("p_category", "ctr", "ctcvr"),
+        ("click_given_category", "cvr_clicked"),
+    )
+
+
 def chain_labels(values: list[list[int]], known: list[list[bool]]) -> Labels:
     return Labels(
         values=np.array(values, np.int8),

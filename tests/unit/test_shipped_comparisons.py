@@ -11,7 +11,7 @@ from model.config import TrainConfig, load_config
 from model.contract.encode import Encoder
 from model.contract.spec import Categorical, FittedSchema, load_schema
 from model.criterion import Criterion
-from model.datasets.journey_files import COPIED, three_step_schema, write_files
+from model.datasets.journey_files import COPIED, write_files
 from model.nets import build_net
 from model.nets.layers import Net, NetSpec
 
@@ -29,8 +29,13 @@ COMPARE = (
     "esmm_adaftr",
     "tafe",
     "tafe_adaftr",
-    "esmm_with_validation",
+    "lightgbm_with_validation",
+    "esmm_wide",
+    "esmm_wide_category",
+    "default",
 )
+TREES = ("lightgbm", "lightgbm_with_validation")
+WIDE = ("esmm_wide", "esmm_wide_category", "default")
 ABLATIONS = (
     "tafe",
     "tafe_no_selector",
@@ -51,7 +56,6 @@ ABLATIONS = (
     "bottom_fixed",
     "bottom_prior",
 )
-RATES = [0.025, 0.04]
 
 
 @pytest.fixture(scope="module")
@@ -62,25 +66,22 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def spec(written: Path) -> NetSpec:
-    """Shapes of the shipped schema; vocabularies do not matter to the dense parameters."""
-    schema = load_schema(written / "schema.toml")
-    names = [feature.name for feature in schema.features if isinstance(feature, Categorical)]
-    fitted = FittedSchema(schema=schema, vocabularies=dict.fromkeys(names, ("a", "b")), moments={})
-    return NetSpec.of(Encoder(fitted))
-
-
 def arms_of(written: Path, name: str) -> dict[str, Arm]:
     return {arm.name: arm for arm in load_compare(written / f"{name}.toml").all_arms()}
 
 
 def config_of(written: Path, comparison: str, arm: str) -> TrainConfig:
     overrides = arms_of(written, comparison)[arm].overrides
-    return load_config(written / "train.toml", overrides=overrides)
+    return load_config(written / "tafe.toml", overrides=overrides)
 
 
-def net_of(config: TrainConfig, spec: NetSpec) -> Net:
+def net_of(config: TrainConfig) -> Net:
+    """The run's network; vocabularies do not matter to the dense parameters."""
+    assert config.data.schema_file is not None
+    schema = load_schema(config.data.schema_file)
+    names = [feature.name for feature in schema.features if isinstance(feature, Categorical)]
+    fitted = FittedSchema(schema=schema, vocabularies=dict.fromkeys(names, ("a", "b")), moments={})
+    spec = NetSpec.of(Encoder(fitted))
     torch.manual_seed(0)
     return build_net(config.net.architecture, spec=spec, options=config.net.options)
 
@@ -95,35 +96,32 @@ def test_every_shipped_file_is_written(written: Path) -> None:
 
     assert {f"complete_journey_{name}.toml" for name in COPIED} == shipped
     assert {path.name for path in written.iterdir()} == {
+        "schema_two_steps.toml",
         "schema_three_steps.toml",
         *(f"{name}.toml" for name in COPIED),
     }
 
 
-def test_three_step_schema_is_the_other_with_a_step_before(written: Path) -> None:
-    two = load_schema(written / "schema.toml")
-    three = load_schema(written / "schema_three_steps.toml")
+@pytest.mark.parametrize(
+    ("name", "served"),
+    [
+        ("schema", {"category": False, "click": True, "conversion": True}),
+        ("schema_two_steps", {"click": True, "conversion": True}),
+        ("schema_three_steps", {"category": True, "click": True, "conversion": True}),
+    ],
+)
+def test_schemas_differ_in_their_steps_only(
+    name: str, served: dict[str, bool], written: Path
+) -> None:
+    shipped, other = load_schema(written / "schema.toml"), load_schema(written / f"{name}.toml")
 
-    assert [(step.name, step.label) for step in three.steps] == [
-        ("category", "category"),
-        ("click", "click"),
-        ("conversion", "conversion"),
-    ]
-    assert three.model_copy(update={"steps": two.steps}) == two
-    assert three.steps[1:] == two.steps
-
-
-def test_three_step_schema_adds_lines_and_changes_none(written: Path) -> None:
-    two = (written / "schema.toml").read_text()
-    lines = three_step_schema(two).splitlines()
-
-    at = lines.index('name = "category"')
-    assert lines[at - 1 : at + 2] == ["[[steps]]", 'name = "category"', 'label = "category"']
-    assert lines[: at - 1] + lines[at + 2 :] == two.splitlines()
+    assert {step.name: step.served for step in other.steps} == served
+    assert {step.label for step in other.steps} == set(served)
+    assert other.model_copy(update={"steps": shipped.steps}) == shipped
 
 
 def test_three_step_run_is_the_other_with_a_weight_more(written: Path) -> None:
-    two, three = (load_config(written / f"{n}.toml") for n in ("train", "train_three_steps"))
+    two, three = (load_config(written / f"{n}.toml") for n in ("tafe", "tafe_three_steps"))
 
     assert three.objective.step_weights == (1.0, 1.0, 2.0)
     assert three.data.schema_file == written.resolve() / "schema_three_steps.toml"
@@ -148,13 +146,14 @@ def test_arms_have_three_seeds(comparison: str, reference: str, written: Path) -
 
 @pytest.mark.parametrize(
     ("comparison", "arm"),
-    [("compare", arm) for arm in COMPARE if arm != "lightgbm"]
+    [("compare", arm) for arm in COMPARE if arm not in TREES]
     + [("ablations", arm) for arm in ABLATIONS],
 )
-def test_every_arm_can_be_built(comparison: str, arm: str, written: Path, spec: NetSpec) -> None:
+def test_every_arm_can_be_built(comparison: str, arm: str, written: Path) -> None:
     config = config_of(written, comparison, arm)
 
-    criterion = Criterion(config, net_of(config, spec), step_rates=RATES)
+    net = net_of(config)
+    criterion = Criterion(config, net, step_rates=[0.04] * net.heads.output.weight.shape[0])
 
     has_tower = config.objective.name == "dr"
     assert (criterion.imputation is not None) is has_tower
@@ -162,15 +161,19 @@ def test_every_arm_can_be_built(comparison: str, arm: str, written: Path, spec: 
     assert any("_alignment" in name for name in criterion.state_dict()) is has_alignment
 
 
-def test_arms_of_the_comparison_are_of_a_size(written: Path, spec: NetSpec) -> None:
+def test_default_arm_is_the_shipped_run(written: Path) -> None:
+    assert config_of(written, "compare", "default") == load_config(written / "train.toml")
+
+
+def test_arms_of_the_comparison_are_of_a_size(written: Path) -> None:
     """papers.md 2.4: dense budgets within 20 %, here of each other: the largest of the smallest."""
     sizes = {
-        arm: num_dense(net_of(config_of(written, "compare", arm), spec))
+        arm: num_dense(net_of(config_of(written, "compare", arm)))
         for arm in COMPARE
-        if arm != "lightgbm"
+        if arm not in (*TREES, *WIDE)
     }
 
-    assert len(sizes) == 12
+    assert len(sizes) == 11
     assert max(sizes.values()) <= 1.2 * min(sizes.values())
 
 

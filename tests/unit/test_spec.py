@@ -354,6 +354,41 @@ def test_output_names(names: tuple[str, ...], outputs: tuple[str, ...]) -> None:
     assert parse_schema(content(steps=steps)).output_names == outputs
 
 
+def test_steps_not_served_are_not_among_the_outputs() -> None:
+    steps = [
+        {"name": "category", "label": "is_category", "served": False},
+        {"name": "click", "label": "is_click"},
+        {"name": "conversion", "label": "is_conversion"},
+    ]
+
+    assert parse_schema(content(steps=steps)).output_names == ("pctr", "pctcvr", "pcvr")
+
+
+@pytest.mark.parametrize(
+    ("served", "message"),
+    [
+        ((True, False, True), "step 'b': served = false is for the first steps of a chain"),
+        ((True, True, False), "step 'c': served = false is for the first steps of a chain"),
+        ((False, False, True), "the last two steps of a chain are always served"),
+        ((False, False, False), "the last two steps of a chain are always served"),
+    ],
+)
+def test_only_the_first_steps_can_be_left_out(served: tuple[bool, ...], message: str) -> None:
+    steps = [
+        {"name": name, "label": f"is_{name}", "served": is_served}
+        for name, is_served in zip("abc", served, strict=True)
+    ]
+
+    with pytest.raises(SpecError, match=message):
+        parse_schema(content(steps=steps))
+
+
+def test_served_steps_leave_the_digest_as_it_was() -> None:
+    spelt_out = content(steps=[{**step, "served": True} for step in content()["steps"]])
+
+    assert parse_schema(spelt_out).sha256 == parse_schema(content()).sha256
+
+
 @pytest.mark.parametrize(
     ("described", "expected"),
     [
