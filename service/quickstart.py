@@ -26,6 +26,7 @@ from service.readiness import wait_until_ready
 from service.settings import SettingsError
 
 STOP_TIMEOUT_S = 30.0
+SERVED = "shared bottom"
 DEFAULT_KEEP_TRIPS = 0.25
 SHOWN_CANDIDATES = 12
 
@@ -62,16 +63,16 @@ def quickstart(out: Path, once: bool, full: bool, port: int) -> None:
     stages.ctr("Data", "data", "complete-journey", str(data), "--keep-trips", str(share))
     evaluations = {
         name: _train(stages, name=name, config=data / config, is_quick=not full)
-        for name, config in (("shared bottom", "baseline.toml"), ("TAFE-style", "train.toml"))
+        for name, config in ((SERVED, "train.toml"), ("TAFE-style", "tafe.toml"))
     }
     _show_metrics(evaluations)
     bundle = stages.answer(
-        "Bundle", "export", stages.run_dir("TAFE-style"), "--out", str(stages.out / "bundles")
+        "Bundle", "export", stages.run_dir(SERVED), "--out", str(stages.out / "bundles")
     )["bundle"]
     trip = choose_trip(data)
     stages.ctr(
         "User records and item snapshot as of the trip",
-        *("materialize", stages.run_dir("TAFE-style"), "--as-of", trip.time),
+        *("materialize", stages.run_dir(SERVED), "--as-of", trip.time),
         *("--out", str(snapshot)),
     )
     stages.ctr("Redis", "load-records", str(snapshot / "records.parquet"))
@@ -79,7 +80,7 @@ def quickstart(out: Path, once: bool, full: bool, port: int) -> None:
     with stages.serving([*serve, "--port", str(_free_port(port))]) as url:
         response = httpx.post(f"{url}/score", json=trip.request, timeout=10.0)
         response.raise_for_status()
-        _show_answer(response.json(), trip, evaluations["TAFE-style"])
+        _show_answer(response.json(), trip, evaluations[SERVED])
         request_file = stages.out / "request.json"
         request_file.write_text(json.dumps(trip.request, indent=1))
         minutes = (time.monotonic() - started) / 60.0

@@ -28,6 +28,7 @@ from model.contract.bundle import read_bundle
 from model.contract.spec import load_schema
 from model.contract.times import format_time
 from model.gates import check_gates
+from model.run import read_run
 from service.errors import StoreUnavailable
 from service.materialize import load_records
 from service.settings import load_settings
@@ -233,6 +234,20 @@ def random_body(rng: np.random.Generator) -> dict[str, Any]:
         },
         "user_features": {} if rng.random() < 0.7 else {"purchases": float(rng.integers(10**6))},
     }
+
+
+def test_step_that_is_not_served_changes_no_number(made: Made) -> None:
+    run, golden = read_run(made.path / "run"), read_bundle(made.bundle).golden
+    schema = run.fitted.schema_
+    hidden = schema.steps[0].model_copy(update={"served": False})
+    shorter = schema.model_copy(update={"steps": (hidden, *schema.steps[1:])})
+    graph = export.scoring_graph(run.net, run.calibrators, schema=shorter)
+
+    scored = export.run_torch(graph, golden.blocks, shorter.output_names)
+
+    assert tuple(scored) == ("pctr", "pctcvr", "pcvr")
+    for name, served_as in zip(scored, OUTPUTS[1:], strict=True):
+        np.testing.assert_array_equal(scored[name], golden.expected[served_as])
 
 
 @pytest.mark.anyio

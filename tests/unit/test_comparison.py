@@ -70,8 +70,11 @@ def write_result(task: Task, **changes: Any) -> None:
     }
     task.arm_dir.mkdir(exist_ok=True)
     task.result_path.write_text(json.dumps(content))
-    columns = [DRAWS[key], [0.5] * 5]
-    np.savez(task.predictions_path, draws=np.array(columns).T, draw_names=np.array(DRAW_NAMES))
+    write_draws(task, DRAW_NAMES, [DRAWS[key], [0.5] * 5])
+
+
+def write_draws(task: Task, names: tuple[str, ...], columns: list[list[float]]) -> None:
+    np.savez(task.predictions_path, draws=np.array(columns).T, draw_names=np.array(names))
 
 
 def write_cost(task: Task, microseconds: float, runtime: str = "ONNX Runtime") -> None:
@@ -140,6 +143,26 @@ def test_other_test_rows_have_no_interval(runs: dict[str, list[Task]]) -> None:
 
     assert not own.same_test_rows
     assert own.metrics["auc_ctr"].interval is None
+
+
+def test_arms_with_a_step_more_are_compared_in_what_both_have(
+    runs: dict[str, list[Task]],
+) -> None:
+    longer = {
+        "cumulative": ["p_category", "ctr", "ctcvr"],
+        "conditional": ["click_given_category", "cvr_clicked"],
+    }
+    for task in runs["own"]:
+        write_result(task, spaces=longer)
+        columns = [[0.9] * 5, DRAWS[(task.arm, task.seed)], [0.5] * 5]
+        write_draws(task, ("auc_p_category", *DRAW_NAMES), columns)
+
+    summary = summarise(runs, reference="rival")
+    assert summary is not None
+    own = next(arm for arm in summary.arms if arm.name == "own")
+
+    assert summary.spaces == SPACES
+    assert own.metrics["auc_ctr"].interval == pytest.approx((0.022, 0.05))
 
 
 def test_metric_that_is_null_for_a_seed_is_left_out(runs: dict[str, list[Task]]) -> None:
