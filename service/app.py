@@ -97,6 +97,7 @@ def _serve(
     status.metrics.bundle_served(
         bundle=state.manifest.bundle_id, schema=state.manifest.schema_sha256
     )
+    status.metrics.run_cost_known(state.cost)
     status.metrics.item_table_changed(rows=len(state.items))
     status.set_scorer(
         Scorer(state, store=store, batcher=batcher, metrics=status.metrics, settings=settings.store)

@@ -7,10 +7,11 @@ from pathlib import Path
 from model.contract.blocks import Blocks
 from model.contract.bundle import Manifest, read_bundle
 from model.contract.encode import Encoder
-from service.batcher import BatchObserver, MicroBatcher
+from service.batcher import BatchObserver, BatchPlan, MicroBatcher, Tiling
 from service.features import FeatureSource
 from service.items import ItemTable, empty_item_table, load_item_table
-from service.runtime import Outputs, Runtime, load_runtime
+from service.run_cost import RunCost
+from service.runtime import Outputs, Runtime, cut, join, load_runtime
 from service.settings import BatchSettings
 
 _log = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ class ServingState:
         manifest: The bundle's.
         encoder: By the bundle's fitted schema.
         runtime: Tested on the golden rows; closed by the owner of the state.
+        cost: Of the runtime's runs, measured here.
         items: Encoded by `encoder`.
         features: Puts a request's features together from `encoder` and `items`.
     """
@@ -31,6 +33,7 @@ class ServingState:
     manifest: Manifest
     encoder: Encoder
     runtime: Runtime
+    cost: RunCost
     items: ItemTable
     features: FeatureSource
 
@@ -41,11 +44,15 @@ class ServingState:
         return MicroBatcher(
             self.runtime.run_together,
             size=len,
-            executor=self.runtime.executor,
+            threads=self.runtime.threads,
             observer=observer,
-            max_batch_rows=batch.max_batch_rows,
-            max_queue_rows=batch.max_queue_rows,
-            num_runners=batch.num_runners,
+            plan=BatchPlan(
+                cost=self.cost,
+                max_queue_rows=batch.max_queue_rows,
+                num_runners=batch.num_runners,
+                inline_s=batch.inline_us / 1e6,
+            ),
+            tiling=Tiling(cut=cut, join=join),
         )
 
 
@@ -71,7 +78,7 @@ def load_serving_state(
         items = empty_item_table(encoder)
     else:
         items = load_item_table(item_snapshot, encoder)
-    runtime = load_runtime(
+    runtime, cost = load_runtime(
         bundle,
         encoder,
         num_runners=batch.num_runners,
@@ -83,6 +90,7 @@ def load_serving_state(
         manifest=bundle.manifest,
         encoder=encoder,
         runtime=runtime,
+        cost=cost,
         items=items,
         features=FeatureSource(encoder, items),
     )
