@@ -73,8 +73,8 @@ class Admission:
         """Seconds until what is under way now will have been answered."""
         return self._under_way * self._pace.value
 
-    def enter(self, *, body_bytes: int, arrived_at: float, timeout_s: float) -> Ticket:
-        """Lets a request in; every one that is, must `leave`.
+    def check(self, *, body_bytes: int, arrived_at: float, timeout_s: float) -> None:
+        """Refuses a request that would be answered too late.
 
         Args:
             body_bytes: The body's length as announced, 0 if it is not.
@@ -82,26 +82,27 @@ class Admission:
             timeout_s: From then on.
 
         Raises:
-            Overloaded: It would be answered too late. Never because of its own size: a request
-                that finds nobody before it is let in unless its time is over already.
+            Overloaded: See above. Never because of its own size: a request that finds nobody
+                before it may try, unless its time is over already.
         """
-        now = self._clock()
-        work = _work(body_bytes)
-        left_s = arrived_at + timeout_s - now
-        if left_s <= 0:
-            raise Overloaded(
-                "the request waited for its whole time before it was read",
-                retry_after_s=self.predicted_wait_s,
-            )
+        left_s = arrived_at + timeout_s - self._clock()
+        wait_s = self.predicted_wait_s
         if self._num_under_way:
-            wait_s = self.predicted_wait_s
-            if _SAFETY * wait_s + work * self._pace.value > left_s:
-                raise Overloaded(
-                    f"{self._num_under_way} requests are under way and take about "
-                    f"{1000 * wait_s:.0f} ms, the time left is {1000 * left_s:.0f} ms",
-                    retry_after_s=wait_s,
-                )
-        ticket = Ticket(work, self._under_way, now)
+            needed_s = _SAFETY * wait_s + _work(body_bytes) * self._pace.value
+            if needed_s <= left_s:
+                return
+        elif left_s > 0:
+            return
+        raise Overloaded(
+            f"{self._num_under_way} requests are under way and take about {1000 * wait_s:.0f} ms, "
+            f"the time left is {1000 * left_s:.0f} ms",
+            retry_after_s=wait_s,
+        )
+
+    def enter(self, *, body_bytes: int) -> Ticket:
+        """Counts a request as under way; it must `leave`, whatever becomes of it."""
+        work = _work(body_bytes)
+        ticket = Ticket(work, self._under_way, self._clock())
         self._under_way += work
         self._num_under_way += 1
         return ticket
@@ -111,7 +112,8 @@ class Admission:
 
         Args:
             ticket: What `enter` gave.
-            teaches: Whether it went all the way, so that its duration says something of the next.
+            teaches: Whether it went all the way, or until its deadline: then its duration says
+                something of the next one's.
         """
         self._under_way -= ticket.work
         self._num_under_way -= 1

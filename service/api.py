@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.admission import Admission
 from service.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -36,7 +37,11 @@ from service.wire import encode_answer, encode_json, is_request_id, parse_body, 
 
 _log = logging.getLogger(__name__)
 
+# Key of a request's state: when it reached this machine, in `time.monotonic`.
+ARRIVED_AT = "arrived_at"
+
 _REQUEST_ID = b"x-request-id"
+_TIMEOUT_MS = b"x-timeout-ms"
 _JSON = (b"content-type", b"application/json")
 _PROBLEM = (b"content-type", b"application/problem+json")
 
@@ -122,20 +127,23 @@ class _DisconnectedError(Exception):
 class ScoreEndpoint:
     """ASGI endpoint of `POST /score`."""
 
-    def __init__(self, status: ServiceStatus, *, limits: LimitSettings) -> None:
-        """Takes what it answers from."""
+    def __init__(
+        self, status: ServiceStatus, *, limits: LimitSettings, admission: Admission
+    ) -> None:
+        """Takes what it answers from, and who says which requests can still be answered."""
         self._status = status
+        self._admission = admission
         self._metrics = status.metrics
         self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request; a caller that hangs up gets nothing."""
         # Durations are not measured in the loop's time: uvloop tells it in whole milliseconds.
-        began_at, started_at = time.perf_counter(), asyncio.get_running_loop().time()
+        began_at = time.perf_counter()
         outcome, num_scored = "cancelled", 0
         try:
             try:
-                answer, outcome, num_scored = await self._score(scope, receive, started_at)
+                answer, outcome, num_scored = await self._score(scope, receive)
                 await _send(send, 200, answer, [_JSON])
             except ServiceError as exc:
                 outcome = exc.code
@@ -152,31 +160,56 @@ class ScoreEndpoint:
             seconds = time.perf_counter() - began_at
             self._metrics.request_finished(outcome=outcome, seconds=seconds, candidates=num_scored)
 
-    async def _score(
-        self, scope: Scope, receive: Receive, started_at: float
-    ) -> tuple[bytes, str, int]:
+    async def _score(self, scope: Scope, receive: Receive) -> tuple[bytes, str, int]:
         scorer = self._status.require_scorer()
-        data = await self._read_body(scope, receive, started_at)
+        head = _read_head(scope, self._limits)
+        try:
+            self._admission.check(
+                body_bytes=head.body_bytes,
+                arrived_at=head.arrived_at,
+                timeout_s=(head.timeout_ms or self._limits.timeout_ms) / 1000,
+            )
+        except Overloaded:
+            self._metrics.request_dropped(reason="backlog")
+            raise
+        data = await self._read_body(receive, head)
+        # Only now: a caller that is slow to send takes nobody's time.
+        ticket = self._admission.enter(body_bytes=len(data))
+        is_answered = False
+        try:
+            answer = await self._answer(scope, scorer, data, head)
+            is_answered = True
+        except DeadlineExceeded:
+            is_answered = True
+            raise
+        finally:
+            self._admission.leave(ticket, teaches=is_answered)
+        return answer
+
+    async def _answer(
+        self, scope: Scope, scorer: Scorer, data: bytes | bytearray, head: "_Head"
+    ) -> tuple[bytes, str, int]:
         received_at = time.perf_counter()
         body = parse_body(data, limits=self._limits)
         if body.request_id is not None:
             scope["state"]["request_id"] = body.request_id
         parsed_at = time.perf_counter()
         self._metrics.stage_finished(stage="parse", seconds=parsed_at - received_at)
-        result = await scorer.score(body.request, deadline=started_at + body.timeout_ms / 1000)
+        named = [ms for ms in (head.timeout_ms, body.timeout_ms) if ms is not None]
+        deadline = head.arrived_at + min(named, default=self._limits.timeout_ms) / 1000
+        result = await scorer.score(body.request, deadline=deadline)
         scored_at = time.perf_counter()
         answer = encode_answer(result, request_id=scope["state"]["request_id"])
         self._metrics.stage_finished(stage="respond", seconds=time.perf_counter() - scored_at)
+        if time.monotonic() > deadline:
+            raise DeadlineExceeded("the deadline passed while the answer was written")
         return answer, "degraded" if result.degraded else "ok", len(result.item_ids)
 
-    async def _read_body(
-        self, scope: Scope, receive: Receive, started_at: float
-    ) -> bytes | bytearray:
+    async def _read_body(self, receive: Receive, head: "_Head") -> bytes | bytearray:
         limit = self._limits.body_limit_bytes
-        for name, value in scope["headers"]:
-            if name == b"content-length" and value.isdigit() and int(value) > limit:
-                raise too_large(self._limits)
-        deadline = started_at + self._limits.max_timeout_ms / 1000
+        if head.body_bytes > limit:
+            raise too_large(self._limits)
+        deadline = head.arrived_at + self._limits.max_timeout_ms / 1000
         data = bytearray()
         try:
             async with asyncio.timeout_at(deadline):
@@ -198,6 +231,29 @@ class ScoreEndpoint:
         if len(data) > limit:
             raise too_large(self._limits)
         return data
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    arrived_at: float
+    timeout_ms: int | None
+    body_bytes: int  # 0 if it is not announced
+
+
+def _read_head(scope: Scope, limits: LimitSettings) -> _Head:
+    timeout_ms, body_bytes = None, 0
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit():
+            body_bytes = int(value)
+        elif name == _TIMEOUT_MS:
+            timeout_ms = int(value) if value.isdigit() and len(value) < 10 else 0
+            if not 1 <= timeout_ms <= limits.max_timeout_ms:
+                raise InvalidRequest(
+                    f"got {str(value[:20], 'latin-1')!r}, expected 1 to {limits.max_timeout_ms}",
+                    field="x-timeout-ms",
+                )
+    arrived_at = scope["state"].get(ARRIVED_AT)
+    return _Head(time.monotonic() if arrived_at is None else arrived_at, timeout_ms, body_bytes)
 
 
 class RequestIdMiddleware:
@@ -248,7 +304,11 @@ class RequestIdMiddleware:
 def add_routes(app: FastAPI, status: ServiceStatus, *, limits: LimitSettings) -> None:
     """Adds every route and error handler to the app."""
     app.router.routes.append(
-        Route("/score", ScoreEndpoint(status, limits=limits), methods=["POST"])
+        Route(
+            "/score",
+            ScoreEndpoint(status, limits=limits, admission=Admission()),
+            methods=["POST"],
+        )
     )
 
     @app.get("/healthz", include_in_schema=False)

@@ -28,9 +28,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 # `backlog` is refused by `Admission`, before a request gets here.
-DropReason = Literal[
-    "backlog", "queue_full", "queue_time", "expired", "cancelled", "shutting_down"
-]
+DropReason = Literal["backlog", "queue_full", "queue_time", "expired", "cancelled", "shutting_down"]
 
 _log = logging.getLogger(__name__)
 
@@ -429,14 +427,12 @@ class MicroBatcher(Generic[Item, Result]):
         try:
             self._threads.submit(self._make_in_thread, run, asyncio.get_running_loop())
         except RuntimeError as exc:  # they are closed
-            _log.error("a batch could not be run", exc_info=exc)  # noqa: TRY400
+            _log.error("a batch could not be run", exc_info=exc)
             self._running.discard(run)
             for entry in batch:
                 _fail(entry, InferenceFailed("the model could not be run"))
 
-    def _make_in_thread(
-        self, run: _Run[Item, Result], loop: asyncio.AbstractEventLoop
-    ) -> None:
+    def _make_in_thread(self, run: _Run[Item, Result], loop: asyncio.AbstractEventLoop) -> None:
         self._make(run)
         try:
             loop.call_soon_threadsafe(self._finish, run)
@@ -450,9 +446,7 @@ class MicroBatcher(Generic[Item, Result]):
         try:
             run.results = self._run([entry.item for entry in run.batch])
             if len(run.results) != len(run.batch):
-                raise ValueError(
-                    f"run: got {len(run.results)} results for {len(run.batch)} items"
-                )
+                raise ValueError(f"run: got {len(run.results)} results for {len(run.batch)} items")
         except BaseException as exc:  # noqa: BLE001 - the thread's edge; raised to its callers
             run.error = exc
         run.seconds = time.perf_counter() - started_at
@@ -465,13 +459,9 @@ class MicroBatcher(Generic[Item, Result]):
 
     def _end(self, run: _Run[Item, Result]) -> None:
         batch, cause = run.batch, run.error
-        self._observer.batch_finished(
-            rows=run.rows, requests=len(batch), run_seconds=run.seconds
-        )
+        self._observer.batch_finished(rows=run.rows, requests=len(batch), run_seconds=run.seconds)
         if cause is None:
-            self._pace.add(
-                observed=self._clock() - run.started_at, predicted=run.predicted_s
-            )
+            self._pace.add(observed=self._clock() - run.started_at, predicted=run.predicted_s)
             for entry, result in zip(batch, run.results, strict=True):
                 entry.item = None
                 if not entry.future.done():

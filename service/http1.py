@@ -13,13 +13,14 @@ from contextlib import suppress
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from service.api import ARRIVED_AT
+
 _OFFER = re.compile(rb"\r\n(?:upgrade|http2-settings):[^\r\n]*", re.IGNORECASE)
 
 
 # tcpi_last_data_recv of Linux's `struct tcp_info`: milliseconds since the last data came.
 _SINCE_DATA = struct.Struct("<52xI")
 _TCP_INFO = getattr(socket, "TCP_INFO", None)
-ARRIVED_AT = "arrived_at"
 
 
 class Http1Protocol(HttpToolsProtocol):

@@ -1,5 +1,6 @@
-"""What one model run costs by its rows, measured at load: how many rows to run together, how long
-a queue will take. Knows neither the model nor the queue.
+"""What a model run costs by its rows, measured at load; knows neither the model nor the queue.
+
+Says how many rows are best run together, and how long so many waiting rows will take.
 """
 
 import time

@@ -32,6 +32,7 @@ Outputs = Mapping[str, npt.NDArray[np.float32]]
 
 _ROWS_PER_REQUEST = 100  # in the runs that are measured
 
+
 class Runtime:
     """One session and its threads. Immutable; `run` may be called from any thread."""
 

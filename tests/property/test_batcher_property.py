@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.batcher import DropReason, MicroBatcher
+from service.batcher import BatchPlan, DropReason, MicroBatcher
 from service.errors import DeadlineExceeded, InferenceFailed, Overloaded, ShuttingDown
+from service.run_cost import RunCost
 
 MS = 1e-3
 TICK_S = 1e-6  # Rounding of sums of milliseconds.
@@ -85,6 +86,9 @@ class Recorded:
     def request_dropped(self, *, reason: DropReason) -> None:
         self.drops.append(reason)
 
+    def wait_predicted(self, *, seconds: float) -> None:
+        assert seconds >= 0
+
     def queue_changed(self, *, rows: int) -> None:
         self.queue_rows = rows
         self.most_queue_rows = max(self.most_queue_rows, rows)
@@ -144,11 +148,14 @@ async def play(scenario: Scenario, recorded: Recorded) -> dict[int, Ending]:
     batcher: MicroBatcher[Request, int] = MicroBatcher(
         recorded.run,
         size=recorded.size,
-        executor=VirtualExecutor(recorded, scenario.run_ms),
+        threads=VirtualExecutor(recorded, scenario.run_ms),
         observer=recorded,
-        max_batch_rows=scenario.max_batch_rows,
-        max_queue_rows=scenario.max_queue_rows,
-        num_runners=scenario.num_runners,
+        plan=BatchPlan(
+            cost=RunCost(fixed_s=0, row_s=0, max_rows=scenario.max_batch_rows),
+            max_queue_rows=scenario.max_queue_rows,
+            num_runners=scenario.num_runners,
+        ),
+        clock=loop.time,
     )
     endings: dict[int, Ending] = {}
 

@@ -9,11 +9,13 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from service.batcher import DropReason, MicroBatcher
+from service.batcher import BatchPlan, DropReason, MicroBatcher, Tiling
 from service.errors import DeadlineExceeded, InferenceFailed, Overloaded, ShuttingDown
+from service.run_cost import RunCost
 
 pytestmark = pytest.mark.anyio
 
+PLAN = BatchPlan(cost=RunCost(fixed_s=0, row_s=0, max_rows=10), max_queue_rows=10)
 FAR_S = 60.0
 LIMIT_S = 20.0
 
@@ -41,6 +43,9 @@ class Observed:
 
     def queue_changed(self, *, rows: int) -> None:
         self.queue_rows.append(rows)
+
+    def wait_predicted(self, *, seconds: float) -> None:
+        assert seconds >= 0
 
 
 class GatedModel:
@@ -83,18 +88,28 @@ class Rig:
 
 @asynccontextmanager
 async def rig(
-    *, max_batch_rows: int = 10, max_queue_rows: int = 100, num_runners: int = 1
+    *,
+    max_batch_rows: int = 10,
+    max_queue_rows: int = 100,
+    num_runners: int = 1,
+    row_s: float = 0.0,
+    inline_s: float = 0.0,
+    tiling: Tiling[tuple[int, str], str] | None = None,
 ) -> AsyncIterator[Rig]:
     model = GatedModel()
     with ThreadPoolExecutor(num_runners) as executor:
         batcher = MicroBatcher(
             model,
             size=lambda item: item[0],
-            executor=executor,
+            threads=executor,
             observer=(observed := Observed()),
-            max_batch_rows=max_batch_rows,
-            max_queue_rows=max_queue_rows,
-            num_runners=num_runners,
+            plan=BatchPlan(
+                cost=RunCost(fixed_s=0, row_s=row_s, max_rows=max_batch_rows),
+                max_queue_rows=max_queue_rows,
+                num_runners=num_runners,
+                inline_s=inline_s,
+            ),
+            tiling=tiling,
         )
         made = Rig(batcher, model)
         made.observed = observed
@@ -191,7 +206,7 @@ async def test_full_queue_refuses_at_once_and_has_room_again_later() -> None:
         r.model.gate.set()
         assert await settle(holder, waiting, fits) == ["HOLDER", "A", "C"]
         assert await settle(r.send("d", rows=5)) == ["D"]
-        assert r.observed.drops == ["overloaded"]
+        assert r.observed.drops == ["queue_full"]
 
 
 async def test_deadline_in_the_past_is_refused_without_running() -> None:
@@ -331,10 +346,9 @@ async def test_wrong_number_of_results_fails_instead_of_mixing_answers() -> None
         batcher: MicroBatcher[int, int] = MicroBatcher(
             lambda items: items[1:],
             size=lambda item: 1,
-            executor=executor,
+            threads=executor,
             observer=Observed(),
-            max_batch_rows=10,
-            max_queue_rows=10,
+            plan=PLAN,
         )
         deadline = asyncio.get_running_loop().time() + FAR_S
         tasks = [asyncio.create_task(batcher.submit(i, deadline)) for i in range(3)]
@@ -351,10 +365,9 @@ async def test_executor_that_is_gone_fails_callers_instead_of_hanging(
     batcher: MicroBatcher[int, int] = MicroBatcher(
         lambda items: items,
         size=lambda item: 1,
-        executor=executor,
+        threads=executor,
         observer=Observed(),
-        max_batch_rows=10,
-        max_queue_rows=10,
+        plan=PLAN,
     )
     with pytest.raises(InferenceFailed):
         await batcher.submit(1, asyncio.get_running_loop().time() + FAR_S)

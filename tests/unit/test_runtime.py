@@ -30,7 +30,8 @@ def runtime(bundle: Bundle) -> Iterator[Runtime]:
 
 
 def load(bundle: Bundle) -> Runtime:
-    return load_runtime(bundle, ENCODER, num_runners=1, intra_op_threads=1, max_batch_rows=50)
+    runtime, _ = load_runtime(bundle, ENCODER, num_runners=1, intra_op_threads=1, max_batch_rows=50)
+    return runtime
 
 
 def changed_weight(model: bytes, name: str, value: float) -> bytes:
