@@ -65,13 +65,14 @@ class Admission:
         """Begins empty; the clock tells seconds."""
         self._clock = clock
         self._under_way = 0.0
+        self.announced = 0.0
         self._num_under_way = 0
         self._pace = LearntRatio(observed=_FIRST_GUESS_S, predicted=_work(0))
 
     @property
     def predicted_wait_s(self) -> float:
-        """Seconds until what is under way now will have been answered."""
-        return self._under_way * self._pace.value
+        """Seconds until what is under way and announced now will have been answered."""
+        return (self._under_way + self.announced) * self._pace.value
 
     def check(self, *, body_bytes: int, arrived_at: float, timeout_s: float) -> None:
         """Refuses a request that would be answered too late.
@@ -87,7 +88,7 @@ class Admission:
         """
         left_s = arrived_at + timeout_s - self._clock()
         wait_s = self.predicted_wait_s
-        if self._num_under_way:
+        if wait_s > 0:
             needed_s = _SAFETY * wait_s + _work(body_bytes) * self._pace.value
             if needed_s <= left_s:
                 return
@@ -98,6 +99,14 @@ class Admission:
             f"the time left is {1000 * left_s:.0f} ms",
             retry_after_s=wait_s,
         )
+
+    def announce(self, *, body_bytes: int) -> None:
+        """Counts a request that was let in and will `enter` before long."""
+        self.announced += _work(body_bytes)
+
+    def forget_announced(self) -> None:
+        """Those announced are about to enter one by one, or never will."""
+        self.announced = 0.0
 
     def enter(self, *, body_bytes: int) -> Ticket:
         """Counts a request as under way; it must `leave`, whatever becomes of it."""

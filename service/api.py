@@ -8,7 +8,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,6 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.admission import Admission
 from service.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -29,6 +28,7 @@ from service.errors import (
     Unavailable,
     error_codes,
 )
+from service.gate import Gate, Head
 from service.observe import CONTENT_TYPE, Metrics
 from service.openapi import openapi_document
 from service.scorer import Scorer
@@ -37,11 +37,11 @@ from service.wire import encode_answer, encode_json, is_request_id, parse_body, 
 
 _log = logging.getLogger(__name__)
 
-# Key of a request's state: when it reached this machine, in `time.monotonic`.
+# Key of a request's state: when it reached this machine, in `time.monotonic`. Set by a protocol
+# that has asked the gate already.
 ARRIVED_AT = "arrived_at"
 
 _REQUEST_ID = b"x-request-id"
-_TIMEOUT_MS = b"x-timeout-ms"
 _JSON = (b"content-type", b"application/json")
 _PROBLEM = (b"content-type", b"application/problem+json")
 
@@ -127,12 +127,10 @@ class _DisconnectedError(Exception):
 class ScoreEndpoint:
     """ASGI endpoint of `POST /score`."""
 
-    def __init__(
-        self, status: ServiceStatus, *, limits: LimitSettings, admission: Admission
-    ) -> None:
-        """Takes what it answers from, and who says which requests can still be answered."""
+    def __init__(self, status: ServiceStatus, *, limits: LimitSettings, gate: Gate) -> None:
+        """Takes what it answers from, and who decides which requests are let in."""
         self._status = status
-        self._admission = admission
+        self._gate = gate
         self._metrics = status.metrics
         self._limits = limits
 
@@ -162,19 +160,13 @@ class ScoreEndpoint:
 
     async def _score(self, scope: Scope, receive: Receive) -> tuple[bytes, str, int]:
         scorer = self._status.require_scorer()
-        head = _read_head(scope, self._limits)
-        try:
-            self._admission.check(
-                body_bytes=head.body_bytes,
-                arrived_at=head.arrived_at,
-                timeout_s=(head.timeout_ms or self._limits.timeout_ms) / 1000,
-            )
-        except Overloaded:
-            self._metrics.request_dropped(reason="backlog")
-            raise
+        arrived_at = scope["state"].get(ARRIVED_AT)
+        head = self._gate.read_head(scope["headers"], arrived_at=arrived_at)
+        if arrived_at is None:
+            self._gate.check(head)
         data = await self._read_body(receive, head)
         # Only now: a caller that is slow to send takes nobody's time.
-        ticket = self._admission.enter(body_bytes=len(data))
+        ticket = self._gate.admission.enter(body_bytes=len(data))
         is_answered = False
         try:
             answer = await self._answer(scope, scorer, data, head)
@@ -183,11 +175,11 @@ class ScoreEndpoint:
             is_answered = True
             raise
         finally:
-            self._admission.leave(ticket, teaches=is_answered)
+            self._gate.admission.leave(ticket, teaches=is_answered)
         return answer
 
     async def _answer(
-        self, scope: Scope, scorer: Scorer, data: bytes | bytearray, head: "_Head"
+        self, scope: Scope, scorer: Scorer, data: bytes | bytearray, head: Head
     ) -> tuple[bytes, str, int]:
         received_at = time.perf_counter()
         body = parse_body(data, limits=self._limits)
@@ -205,7 +197,7 @@ class ScoreEndpoint:
             raise DeadlineExceeded("the deadline passed while the answer was written")
         return answer, "degraded" if result.degraded else "ok", len(result.item_ids)
 
-    async def _read_body(self, receive: Receive, head: "_Head") -> bytes | bytearray:
+    async def _read_body(self, receive: Receive, head: Head) -> bytes | bytearray:
         limit = self._limits.body_limit_bytes
         if head.body_bytes > limit:
             raise too_large(self._limits)
@@ -233,29 +225,6 @@ class ScoreEndpoint:
         return data
 
 
-@dataclass(frozen=True, slots=True)
-class _Head:
-    arrived_at: float
-    timeout_ms: int | None
-    body_bytes: int  # 0 if it is not announced
-
-
-def _read_head(scope: Scope, limits: LimitSettings) -> _Head:
-    timeout_ms, body_bytes = None, 0
-    for name, value in scope["headers"]:
-        if name == b"content-length" and value.isdigit():
-            body_bytes = int(value)
-        elif name == _TIMEOUT_MS:
-            timeout_ms = int(value) if value.isdigit() and len(value) < 10 else 0
-            if not 1 <= timeout_ms <= limits.max_timeout_ms:
-                raise InvalidRequest(
-                    f"got {str(value[:20], 'latin-1')!r}, expected 1 to {limits.max_timeout_ms}",
-                    field="x-timeout-ms",
-                )
-    arrived_at = scope["state"].get(ARRIVED_AT)
-    return _Head(time.monotonic() if arrived_at is None else arrived_at, timeout_ms, body_bytes)
-
-
 class RequestIdMiddleware:
     """Gives every exchange an id: the caller's `x-request-id`, else a new one; and says it back.
 
@@ -280,7 +249,7 @@ class RequestIdMiddleware:
             await self._app(scope, receive, send)
             return
         state = scope.setdefault("state", {})
-        state["request_id"] = self._request_id(scope)
+        state["request_id"] = request_id_of(scope["headers"]) or self._new_id()
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -292,23 +261,11 @@ class RequestIdMiddleware:
 
         await self._app(scope, receive, send_with_id)
 
-    def _request_id(self, scope: Scope) -> str:
-        for name, value in scope["headers"]:
-            if name == _REQUEST_ID:
-                text = str(value, "latin-1")
-                if is_request_id(text):
-                    return text
-        return self._new_id()
 
-
-def add_routes(app: FastAPI, status: ServiceStatus, *, limits: LimitSettings) -> None:
+def add_routes(app: FastAPI, status: ServiceStatus, *, limits: LimitSettings, gate: Gate) -> None:
     """Adds every route and error handler to the app."""
     app.router.routes.append(
-        Route(
-            "/score",
-            ScoreEndpoint(status, limits=limits, admission=Admission()),
-            methods=["POST"],
-        )
+        Route("/score", ScoreEndpoint(status, limits=limits, gate=gate), methods=["POST"])
     )
 
     @app.get("/healthz", include_in_schema=False)
@@ -354,6 +311,30 @@ async def send_problem(scope: Scope, send: Send, error: ServiceError) -> None:
     content = _problem_of(scope, error)
     headers = [_PROBLEM, *((k.encode(), v.encode()) for k, v in _problem_headers(error).items())]
     await _send(send, content["status"], encode_json(content), headers)
+
+
+def refusal_answer(error: Overloaded, *, request_id: str) -> bytes:
+    """The whole HTTP/1.1 answer with an error, for a request that never became an exchange."""
+    content = _problem({"state": {"request_id": request_id}}, error.code, str(error))
+    body = encode_json(content)
+    head = [
+        f"HTTP/1.1 {content['status']} Service Unavailable",
+        f"{_REQUEST_ID.decode()}: {request_id}",
+        f"content-type: {_PROBLEM[1].decode()}",
+        f"content-length: {len(body)}",
+        *(f"{name}: {value}" for name, value in _problem_headers(error).items()),
+    ]
+    return "\r\n".join((*head, "\r\n")).encode() + body
+
+
+def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    """The caller's id for the exchange; None if there is none, or none that can be used."""
+    for name, value in headers:
+        if name == _REQUEST_ID:
+            text = str(value, "latin-1")
+            if is_request_id(text):
+                return text
+    return None
 
 
 def _problem_response(scope: Scope, error: ServiceError) -> Response:

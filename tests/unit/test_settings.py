@@ -25,7 +25,7 @@ def test_defaults() -> None:
     assert settings.store.url is None
     assert settings.store.timeout_ms == 20
     assert settings.store.max_record_age_s == 604_800
-    assert settings.batch.max_batch_rows == 400
+    assert settings.batch.max_batch_rows is None
     assert settings.limits.body_limit_bytes == 1_048_576
     assert (settings.drain_delay_ms, settings.drain_timeout_ms) == (500, 5000)
 
