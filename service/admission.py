@@ -1,7 +1,7 @@
 """Refuses requests that would be answered too late, before any work is done for them.
 
-Knows no HTTP, no rows and no model: only how many requests are under way, how large their bodies
-are, and how long others took that found as many before them.
+Knows no HTTP, no rows and no model: only how much is under way, what it costs the event loop, and
+how much of the machine the loop gets.
 """
 
 import time
@@ -16,8 +16,8 @@ _FIXED_BYTES = 2000
 _SAFETY = 1.5
 # Sums keep this much of themselves per sample: the last 50 or so decide.
 _KEEP = 0.98
-# Before anything was measured: seconds of a request with nobody before it.
-_FIRST_GUESS_S = 2e-3
+# Before anything was measured: seconds of the loop for a request.
+_FIRST_GUESS_S = 1e-3
 
 
 class LearntRatio:
@@ -39,58 +39,67 @@ class LearntRatio:
 
 
 @dataclass(frozen=True, slots=True)
-class Ticket:
-    """A request that was let in.
+class Clocks:
+    """What time is told by, in seconds.
 
     Attributes:
-        work: Its own work.
-        ahead: The work that was under way when it came.
-        entered_at: By the clock.
+        wall: The one deadlines are in.
+        cpu: Time that the event loop's thread has been running; read on that thread.
     """
 
-    work: float
-    ahead: float
-    entered_at: float
+    wall: Callable[[], float] = time.monotonic
+    cpu: Callable[[], float] = time.thread_time
 
 
 class Admission:
     """Lets in what can be answered in time. For one event loop; not thread-safe.
 
-    Little's law: a request that finds so much work before it is answered after that work and its
-    own, at the pace at which work was done of late. Whatever limits the pace (decoding, the
-    store, the model, a neighbour on the machine) is thereby in the prediction.
+    The loop works off what is under way at a pace, learnt as CPU time per work, and stretched by
+    what else runs on its core, learnt as time per CPU time over turns of the loop. Durations of
+    requests would say the same as long as they wait for the loop, but they also wait for others:
+    with a slow store, refusing would not make them any shorter, and ever more would be refused.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """Begins empty; the clock tells seconds."""
-        self._clock = clock
+    def __init__(self, *, clocks: Clocks | None = None) -> None:
+        """Begins empty."""
+        self._clocks = clocks or Clocks()
         self._under_way = 0.0
-        self.announced = 0.0
         self._num_under_way = 0
+        self._announced = 0.0
         self._pace = LearntRatio(observed=_FIRST_GUESS_S, predicted=_work(0))
+        self._stretch = LearntRatio(observed=1e-3, predicted=1e-3)
+        self._left_at_cpu: float | None = None
+        self._turn: tuple[float, float] | None = None
 
     @property
     def predicted_wait_s(self) -> float:
-        """Seconds until what is under way and announced now will have been answered."""
-        return (self._under_way + self.announced) * self._pace.value
+        """Seconds until the loop will have worked off what is under way and announced now."""
+        return self._seconds(self._under_way + self._announced)
 
-    def check(self, *, body_bytes: int, arrived_at: float, timeout_s: float) -> None:
+    @property
+    def has_announced(self) -> bool:
+        """Whether requests were let in that did not `enter` yet."""
+        return self._announced > 0
+
+    def check(
+        self, *, body_bytes: int, arrived_at: float, timeout_s: float, other_wait_s: float = 0.0
+    ) -> None:
         """Refuses a request that would be answered too late.
 
         Args:
             body_bytes: The body's length as announced, 0 if it is not.
             arrived_at: When the request reached this machine, by the clock.
             timeout_s: From then on.
+            other_wait_s: What it will wait for besides the loop.
 
         Raises:
             Overloaded: See above. Never because of its own size: a request that finds nobody
                 before it may try, unless its time is over already.
         """
-        left_s = arrived_at + timeout_s - self._clock()
-        wait_s = self.predicted_wait_s
+        left_s = arrived_at + timeout_s - self._clocks.wall()
+        wait_s = self.predicted_wait_s + other_wait_s
         if wait_s > 0:
-            needed_s = _SAFETY * wait_s + _work(body_bytes) * self._pace.value
-            if needed_s <= left_s:
+            if _SAFETY * wait_s + self._seconds(_work(body_bytes)) <= left_s:
                 return
         elif left_s > 0:
             return
@@ -101,35 +110,44 @@ class Admission:
         )
 
     def announce(self, *, body_bytes: int) -> None:
-        """Counts a request that was let in and will `enter` before long."""
-        self.announced += _work(body_bytes)
+        """Counts a request that was let in and will `enter` in this turn of the loop."""
+        self._announced += _work(body_bytes)
 
-    def forget_announced(self) -> None:
+    def begin_turn(self) -> None:
         """Those announced are about to enter one by one, or never will."""
-        self.announced = 0.0
+        self._announced = 0.0
+        self._turn = (self._clocks.wall(), self._clocks.cpu())
 
-    def enter(self, *, body_bytes: int) -> Ticket:
-        """Counts a request as under way; it must `leave`, whatever becomes of it."""
+    def end_turn(self) -> None:
+        """The loop went once through all that was due, without waiting for anything."""
+        if self._turn is not None:
+            wall, cpu = self._turn
+            self._turn = None
+            self._stretch.add(
+                observed=self._clocks.wall() - wall, predicted=self._clocks.cpu() - cpu
+            )
+
+    def enter(self, *, body_bytes: int) -> float:
+        """Counts a request as under way; gives the work with which it must `leave`."""
         work = _work(body_bytes)
-        ticket = Ticket(work, self._under_way, self._clock())
         self._under_way += work
         self._num_under_way += 1
-        return ticket
+        if self._left_at_cpu is None:
+            self._left_at_cpu = self._clocks.cpu()
+        return work
 
-    def leave(self, ticket: Ticket, *, teaches: bool) -> None:
-        """A request that was let in has ended.
-
-        Args:
-            ticket: What `enter` gave.
-            teaches: Whether it went all the way, or until its deadline: then its duration says
-                something of the next one's.
-        """
-        self._under_way -= ticket.work
+    def leave(self, work: float) -> None:
+        """A request that was let in has ended, one way or another."""
         self._num_under_way -= 1
-        if teaches:
-            self._pace.add(
-                observed=self._clock() - ticket.entered_at, predicted=ticket.ahead + ticket.work
-            )
+        self._under_way = self._under_way - work if self._num_under_way else 0.0
+        now = self._clocks.cpu()
+        if self._left_at_cpu is not None:
+            # All that the loop did since then, refusals too: they take time from the others.
+            self._pace.add(observed=now - self._left_at_cpu, predicted=work)
+        self._left_at_cpu = now
+
+    def _seconds(self, work: float) -> float:
+        return work * self._pace.value * max(1.0, self._stretch.value)
 
 
 def _work(body_bytes: int) -> float:

@@ -84,6 +84,10 @@ class ServiceStatus:
         self.scorer: Scorer | None = None
         self.is_draining = False
 
+    def model_wait_s(self) -> float:
+        """Predicted seconds until the model will have run what it was given; 0 without one."""
+        return 0.0 if self.scorer is None else self.scorer.model_wait_s
+
     def set_scorer(self, scorer: Scorer | None) -> None:
         """Begins to score, or (None) ceases to."""
         self.scorer = scorer
@@ -166,17 +170,11 @@ class ScoreEndpoint:
             self._gate.check(head)
         data = await self._read_body(receive, head)
         # Only now: a caller that is slow to send takes nobody's time.
-        ticket = self._gate.admission.enter(body_bytes=len(data))
-        is_answered = False
+        work = self._gate.admission.enter(body_bytes=len(data))
         try:
-            answer = await self._answer(scope, scorer, data, head)
-            is_answered = True
-        except DeadlineExceeded:
-            is_answered = True
-            raise
+            return await self._answer(scope, scorer, data, head)
         finally:
-            self._gate.admission.leave(ticket, teaches=is_answered)
-        return answer
+            self._gate.admission.leave(work)
 
     async def _answer(
         self, scope: Scope, scorer: Scorer, data: bytes | bytearray, head: Head

@@ -80,7 +80,9 @@ def create_app(
 
     app = FastAPI(lifespan=lifespan, redirect_slashes=False)
     app.state.status = status
-    app.state.gate = gate = Gate(Admission(), metrics=metrics, limits=settings.limits)
+    app.state.gate = gate = Gate(
+        Admission(), model_wait_s=status.model_wait_s, metrics=metrics, limits=settings.limits
+    )
     app.add_middleware(
         RequestIdMiddleware,
         status=status,

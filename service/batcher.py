@@ -194,6 +194,8 @@ class MicroBatcher(Generic[Item, Result]):
     @property
     def predicted_wait_s(self) -> float:
         """Predicted seconds until what runs and waits now will have been run."""
+        if not self._running and not self._queued_rows:
+            return 0.0
         now, pace = self._clock(), self._pace.value
         left_s = pace * self._cost.seconds(self._queued_rows)
         for run in self._running:

@@ -5,7 +5,7 @@ Knows header names, not answers.
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from service.admission import Admission
@@ -36,9 +36,24 @@ class Head:
 class Gate:
     """Decides which requests are let in. One per app and event loop."""
 
-    def __init__(self, admission: Admission, *, metrics: Metrics, limits: LimitSettings) -> None:
-        """Takes what it decides by, and who is told of refusals."""
+    def __init__(
+        self,
+        admission: Admission,
+        *,
+        model_wait_s: Callable[[], float],
+        metrics: Metrics,
+        limits: LimitSettings,
+    ) -> None:
+        """Takes what it decides by.
+
+        Args:
+            admission: Knows the event loop's backlog.
+            model_wait_s: Tells the predicted time until the model is free.
+            metrics: Told of refusals.
+            limits: Time-outs.
+        """
         self.admission = admission
+        self._model_wait_s = model_wait_s
         self._metrics = metrics
         self._limits = limits
 
@@ -75,6 +90,7 @@ class Gate:
                 body_bytes=head.body_bytes,
                 arrived_at=head.arrived_at,
                 timeout_s=timeout_ms / 1000,
+                other_wait_s=self._model_wait_s(),
             )
         except Overloaded:
             self._metrics.request_dropped(reason="backlog")
@@ -99,11 +115,15 @@ class Gate:
             seconds = time.monotonic() - arrived_at
             self._metrics.request_finished(outcome=exc.code, seconds=seconds)
             return exc
-        if not self.admission.announced:
+        if not self.admission.has_announced:
             # Comes before the tasks of these requests, which are then counted as they begin.
-            asyncio.get_running_loop().call_soon(self.admission.forget_announced)
+            asyncio.get_running_loop().call_soon(self._begin_turn)
         self.admission.announce(body_bytes=head.body_bytes)
         return None
+
+    def _begin_turn(self) -> None:
+        self.admission.begin_turn()
+        asyncio.get_running_loop().call_soon(self.admission.end_turn)
 
     def _timeout_ms(self, value: bytes) -> int:
         timeout_ms = int(value) if value.isdigit() and len(value) < 10 else 0
