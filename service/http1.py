@@ -6,11 +6,11 @@ the offer it is an ordinary HTTP/1.1 request.
 """
 
 import asyncio
+import random
 import re
 import socket
 import struct
 import time
-import uuid
 from contextlib import suppress
 from typing import Any
 
@@ -60,7 +60,7 @@ class Http1Protocol(HttpToolsProtocol):
             error = self._gate.refuse_early(self.headers, arrived_at=arrived_at)
             if error is not None:
                 self._is_refused = True
-                request_id = request_id_of(self.headers) or uuid.uuid4().hex
+                request_id = request_id_of(self.headers) or f"{random.getrandbits(128):032x}"
                 self.transport.write(refusal_answer(error, request_id=request_id))
                 return
             self.scope["state"][ARRIVED_AT] = arrived_at
