@@ -321,14 +321,16 @@ async def test_short_run_is_made_on_the_loop_s_own_thread() -> None:
     assert where[1] != where[0]
 
 
-async def test_short_run_waits_for_the_runner_that_is_busy() -> None:
-    async with rig(inline_s=0.0001) as r:
-        # Longer than it may be on the loop, as two batches are under way.
+async def test_short_run_goes_to_a_thread_while_another_is_under_way() -> None:
+    async with rig(num_runners=2, row_s=0.01, inline_s=0.05) as r:
         r.model.gate.clear()
-        tasks = [r.send("a", rows=10), r.send("b", rows=10)]
+        long = r.send("long", rows=10)
+        assert await asyncio.to_thread(r.model.started.acquire, timeout=LIMIT_S)
+        # On the loop's own thread the gate could never be opened.
+        short = r.send("short")
         assert await asyncio.to_thread(r.model.started.acquire, timeout=LIMIT_S)
         r.model.gate.set()
-        assert await settle(*tasks) == ["A", "B"]
+        assert await settle(long, short) == ["LONG", "SHORT"]
 
 
 async def test_poison_on_the_loop_s_thread_fails_only_itself() -> None:
