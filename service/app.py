@@ -80,9 +80,7 @@ def create_app(
 
     app = FastAPI(lifespan=lifespan, redirect_slashes=False)
     app.state.status = status
-    app.state.gate = gate = Gate(
-        Admission(), model_wait_s=status.model_wait_s, metrics=metrics, limits=settings.limits
-    )
+    app.state.gate = gate = _make_gate(status, settings)
     app.add_middleware(
         RequestIdMiddleware,
         status=status,
@@ -90,6 +88,15 @@ def create_app(
     )
     add_routes(app, status, limits=settings.limits, gate=gate)
     return app
+
+
+def _make_gate(status: ServiceStatus, settings: Settings) -> Gate:
+    return Gate(
+        Admission(),
+        model_wait_s=status.model_wait_s,
+        metrics=status.metrics,
+        limits=settings.limits,
+    )
 
 
 def _serve(

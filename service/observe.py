@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from service.batcher import DropReason
+from service.batch_plan import DropReason
 from service.errors import ServiceError, StoreError, error_codes
 from service.run_cost import RunCost
 

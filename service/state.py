@@ -7,7 +7,8 @@ from pathlib import Path
 from model.contract.blocks import Blocks
 from model.contract.bundle import Manifest, read_bundle
 from model.contract.encode import Encoder
-from service.batcher import BatchObserver, BatchPlan, MicroBatcher, Tiling
+from service.batch_plan import BatchObserver, BatchPlan, Tiling
+from service.batcher import MicroBatcher
 from service.features import FeatureSource
 from service.items import ItemTable, empty_item_table, load_item_table
 from service.run_cost import RunCost

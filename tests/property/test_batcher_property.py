@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.batcher import BatchPlan, DropReason, MicroBatcher, Tiling
+from service.batch_plan import BatchPlan, DropReason, Tiling
+from service.batcher import MicroBatcher
 from service.errors import DeadlineExceeded, InferenceFailed, Overloaded, ShuttingDown
 from service.run_cost import RunCost
 

@@ -11,7 +11,8 @@ from itertools import pairwise
 
 import pytest
 
-from service.batcher import BatchPlan, DropReason, MicroBatcher, Tiling
+from service.batch_plan import BatchPlan, DropReason, Tiling
+from service.batcher import MicroBatcher
 from service.errors import DeadlineExceeded, InferenceFailed, Overloaded, ShuttingDown
 from service.run_cost import RunCost
 

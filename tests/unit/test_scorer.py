@@ -12,7 +12,8 @@ from prometheus_client import CollectorRegistry
 
 from model.contract.blocks import Blocks
 from model.contract.record import pack_record
-from service.batcher import BatchPlan, MicroBatcher
+from service.batch_plan import BatchPlan
+from service.batcher import MicroBatcher
 from service.errors import (
     DeadlineExceeded,
     InferenceFailed,
