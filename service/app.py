@@ -81,11 +81,7 @@ def create_app(
     app = FastAPI(lifespan=lifespan, redirect_slashes=False)
     app.state.status = status
     app.state.gate = gate = _make_gate(status, settings)
-    app.add_middleware(
-        RequestIdMiddleware,
-        status=status,
-        new_id=lambda: uuid.uuid4().hex,
-    )
+    app.add_middleware(RequestIdMiddleware, status=status, new_id=lambda: uuid.uuid4().hex)
     add_routes(app, status, limits=settings.limits, gate=gate)
     return app
 
