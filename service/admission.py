@@ -12,8 +12,10 @@ from service.errors import Overloaded
 
 # A request's share of the work that does not grow with its body, as bytes of body.
 _FIXED_BYTES = 2000
-# A prediction is an average, and half of all requests take longer.
-_SAFETY = 1.5
+# A prediction is an average, and half of all requests take longer. More under way would not be
+# answered any faster, either, but make every turn of the loop longer, and with it the time that
+# answers of the store lie unread.
+_SAFETY = 2.0
 # Sums keep this much of themselves per sample: the last 50 or so decide.
 _KEEP = 0.98
 # Before anything was measured: seconds of the loop for a request.

@@ -71,8 +71,9 @@ class BatchPlan:
         cost: How long runs take, and how many rows are run together at most.
         max_queue_rows: Most rows waiting.
         num_runners: Batches under way at the same time.
-        inline_s: A batch that takes no longer, with no other under way or waiting, is run on the
-            event loop: the way to a thread and back would cost more than it hides.
+        inline_s: A batch that takes no longer, with no other under way, is run on the event loop:
+            the way to a thread and back would cost more than it hides. Between two such the loop
+            goes once round.
     """
 
     cost: RunCost

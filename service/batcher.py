@@ -259,9 +259,8 @@ class MicroBatcher(Generic[Item, Result]):
         self._queue[entry] = None
         self._set_queued_rows(self._queued_rows + rows)
         # Not at once: requests that arrive in the same turn of the loop share a batch.
-        if not self._is_dispatch_due and len(self._running) < self._num_runners:
-            self._is_dispatch_due = True
-            loop.call_soon(self._dispatch)
+        if len(self._running) < self._num_runners:
+            self._dispatch_soon()
         heapq.heappush(self._deadlines, (deadline, next(self._order), entry))
         if self._timer is None or deadline < self._timer_at:
             self._set_timer(deadline)
@@ -314,9 +313,18 @@ class MicroBatcher(Generic[Item, Result]):
     def _dispatch(self) -> None:
         self._is_dispatch_due = False
         while len(self._running) < self._num_runners and (batch := self._take()):
-            self._start(batch)
+            if self._start(batch):
+                # The loop has been kept for long enough: what came in meanwhile is read first.
+                if self._queue or self._alone:
+                    self._dispatch_soon()
+                break
         if self._idle is not None and not self._has_work():
             self._idle.set()
+
+    def _dispatch_soon(self) -> None:
+        if not self._is_dispatch_due:
+            self._is_dispatch_due = True
+            asyncio.get_running_loop().call_soon(self._dispatch)
 
     def _take(self) -> list[_Entry[Result]]:
         while self._alone:
@@ -347,14 +355,15 @@ class MicroBatcher(Generic[Item, Result]):
             self._set_queued_rows(self._queued_rows - rows)
         return batch
 
-    def _start(self, batch: list[_Entry[Result]]) -> None:
+    def _start(self, batch: list[_Entry[Result]]) -> bool:
+        """Whether the batch has been run here already."""
         rows = sum(entry.rows for entry in batch)
         predicted_s = self._cost.seconds(rows)
         run: _Run[Item, Result] = _Run(batch, rows, self._clock(), predicted_s)
-        if predicted_s <= self._plan.inline_s and not self._running and not self._queue:
+        if predicted_s <= self._plan.inline_s and not self._running:
             self._make(run)
             self._end(run)
-            return
+            return True
         self._running.add(run)
         try:
             self._threads.submit(self._make_in_thread, run, asyncio.get_running_loop())
@@ -363,6 +372,7 @@ class MicroBatcher(Generic[Item, Result]):
             self._running.discard(run)
             for entry in batch:
                 _fail(entry, InferenceFailed("the model could not be run"))
+        return False
 
     def _make_in_thread(self, run: _Run[Item, Result], loop: asyncio.AbstractEventLoop) -> None:
         self._make(run)

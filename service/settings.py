@@ -96,11 +96,12 @@ class BatchSettings(_Section):
     )
     num_runners: int = Field(1, ge=1, le=64, description="Model runs at the same time")
     intra_op_threads: int = Field(1, ge=1, le=64, description="Threads inside one model run")
-    inline_us: int = Field(
-        500,
+    inline_us: int | None = Field(
+        None,
         ge=0,
         le=100_000,
-        description="Longest model run made on the event loop itself, when no other is due",
+        description="Longest model run made on the event loop itself. "
+        "Not set: 500, or any run if the process has one core only",
     )
 
 

@@ -1,6 +1,8 @@
 """The serving state: one bundle, its session and the item table encoded by it, built together."""
 
 import logging
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from service.runtime import Outputs, Runtime, cut, join, load_runtime
 from service.settings import BatchSettings
 
 _log = logging.getLogger(__name__)
+
+_INLINE_S = 500e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +55,24 @@ class ServingState:
                 cost=self.cost,
                 max_queue_rows=batch.max_queue_rows,
                 num_runners=batch.num_runners,
-                inline_s=batch.inline_us / 1e6,
+                inline_s=_inline_s(batch.inline_us),
             ),
             tiling=Tiling(cut=cut, join=join),
         )
+
+
+def _inline_s(inline_us: int | None) -> float:
+    if inline_us is not None:
+        return inline_us / 1e6
+    # On one core a thread takes from the loop what it needs, and the switches come on top.
+    return math.inf if num_cores() == 1 else _INLINE_S
+
+
+def num_cores() -> int:
+    """Cores that this process may run on at the same time."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def load_serving_state(
