@@ -214,7 +214,7 @@ class MicroBatcher(Generic[Item, Result]):
                 f"no room for {rows} more",
                 retry_after_s=self.predicted_wait_s,
             )
-        if len(self._running) < self._num_runners:
+        if not self._queued_rows and len(self._running) < self._num_runners:
             return
         wait_s = self.predicted_wait_s
         if now + wait_s + self._pace.value * self._cost.seconds(rows) > deadline:

@@ -55,7 +55,7 @@ def sweep(
     max_rows: int = MAX_SWEEP_ROWS,
     clock: Callable[[], float] = time.thread_time,
 ) -> list[RunTime]:
-    """Measures runs of 1 row to `max_rows`. Blocks: ten rounds, or fewer if they take 0.3 s.
+    """Measures runs of 1 row to `max_rows`. Blocks: ten rounds, or down to four if they take 0.3 s.
 
     Each row count is tried once per round and its least time counts: what disturbs a run only
     ever makes it longer, and seldom hits the same row count every time.

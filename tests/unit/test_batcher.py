@@ -361,6 +361,15 @@ async def test_request_that_the_queue_would_make_late_is_refused_at_once() -> No
         assert r.observed.drops == ["queue_time"]
 
 
+async def test_requests_of_one_turn_are_refused_as_well() -> None:
+    async with rig(row_s=0.1, inline_s=FAR_S) as r:
+        tasks = [r.send(name, rows=2, timeout_s=0.5) for name in "abc"]
+        results = await settle(*tasks)
+        # Each takes 200 ms, and nothing has begun to run when the third comes.
+        assert results[:2] == ["A", "B"]
+        assert isinstance(results[2], Overloaded)
+
+
 async def test_idle_runner_takes_a_request_however_long_it_is_said_to_take() -> None:
     async with rig(row_s=1000.0) as r:
         assert await settle(r.send("a", timeout_s=10.0)) == ["A"]
