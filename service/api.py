@@ -277,6 +277,7 @@ def add_routes(app: FastAPI, status: ServiceStatus, *, limits: LimitSettings, ga
 
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:
+        status.metrics.wait_predicted(seconds=gate.predicted_wait_s)
         return Response(status.metrics.render(), media_type=CONTENT_TYPE)
 
     @app.exception_handler(ServiceError)

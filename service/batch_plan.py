@@ -36,10 +36,6 @@ class BatchObserver(Protocol):
         """`rows` are waiting now."""
         ...
 
-    def wait_predicted(self, *, seconds: float) -> None:
-        """A batch has ended; what still runs and waits takes about so many seconds."""
-        ...
-
 
 class Threads(Protocol):
     """Where runs are made: `RunnerThreads`, or an `Executor`."""

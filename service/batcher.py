@@ -396,7 +396,6 @@ class MicroBatcher(Generic[Item, Result]):
     def _finish(self, run: _Run[Item, Result]) -> None:
         self._running.discard(run)
         self._end(run)
-        self._observer.wait_predicted(seconds=self.predicted_wait_s)
         self._dispatch()
 
     def _end(self, run: _Run[Item, Result]) -> None:

@@ -57,6 +57,11 @@ class Gate:
         self._metrics = metrics
         self._limits = limits
 
+    @property
+    def predicted_wait_s(self) -> float:
+        """Predicted seconds until all that is under way has been answered."""
+        return self.admission.predicted_wait_s + self._model_wait_s()
+
     def read_head(
         self, headers: Iterable[tuple[bytes, bytes]], *, arrived_at: float | None
     ) -> Head:

@@ -118,7 +118,7 @@ class Metrics:
         self._queue_rows.set(rows)
 
     def wait_predicted(self, *, seconds: float) -> None:
-        """See `BatchObserver`."""
+        """What admission is decided by, as of now; said before `render`."""
         self._predicted_wait.set(seconds)
 
     def run_cost_known(self, cost: RunCost) -> None:
@@ -209,7 +209,7 @@ class Metrics:
         )
         self._queue_rows = self._gauge("queue_rows", "Rows waiting for a model run")
         self._predicted_wait = self._gauge(
-            "predicted_wait_seconds", "Predicted time for working off what runs and waits"
+            "predicted_wait_seconds", "Predicted time for answering all that is under way"
         )
         self._max_batch_rows = self._gauge("max_batch_rows", "Most rows run together")
         self._run_fixed = self._gauge(

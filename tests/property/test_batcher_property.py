@@ -105,9 +105,6 @@ class Recorded:
     def request_dropped(self, *, reason: DropReason) -> None:
         self.drops.append(reason)
 
-    def wait_predicted(self, *, seconds: float) -> None:
-        assert seconds >= 0
-
     def queue_changed(self, *, rows: int) -> None:
         self.queue_rows = rows
         self.most_queue_rows = max(self.most_queue_rows, rows)

@@ -554,6 +554,8 @@ async def test_backlog_refuses_before_the_body_is_read(running: RunningApp) -> N
     assert num_read == 0
     text = await metrics_text(running.client)
     assert 'scoring_batch_drops_total{reason="backlog"} 1.0' in text
+    (wait,) = re.findall(r"^scoring_predicted_wait_seconds (\S+)$", text, re.M)
+    assert float(wait) > 1
 
 
 async def test_answered_requests_leave_nothing_under_way(running: RunningApp) -> None:

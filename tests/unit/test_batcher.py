@@ -47,9 +47,6 @@ class Observed:
     def queue_changed(self, *, rows: int) -> None:
         self.queue_rows.append(rows)
 
-    def wait_predicted(self, *, seconds: float) -> None:
-        assert seconds >= 0
-
 
 class GatedModel:
     """Answers an item (rows, name) with its name in capitals; while the gate is shut it waits."""

@@ -16,6 +16,7 @@ from service.errors import (
     error_codes,
 )
 from service.observe import JsonFormatter, Metrics, configure_logging, request_outcomes
+from service.run_cost import RunCost
 
 
 @pytest.fixture
@@ -85,6 +86,18 @@ def test_observes_a_batcher(metrics: Metrics, registry: CollectorRegistry) -> No
     assert value(registry, "scoring_batch_splits_total") == 1
     assert value(registry, "scoring_batch_drops_total", reason="expired") == 1
     assert value(registry, "scoring_batch_drops_total", reason="cancelled") == 0
+
+
+def test_shows_what_admission_is_decided_by(metrics: Metrics, registry: CollectorRegistry) -> None:
+    metrics.run_cost_known(RunCost(fixed_s=3e-5, row_s=2e-6, max_rows=700))
+    metrics.wait_predicted(seconds=0.012)
+    metrics.request_dropped(reason="backlog")
+    assert value(registry, "scoring_max_batch_rows") == 700
+    assert value(registry, "scoring_run_fixed_seconds") == 3e-5
+    assert value(registry, "scoring_run_row_seconds") == 2e-6
+    assert value(registry, "scoring_predicted_wait_seconds") == 0.012
+    assert value(registry, "scoring_batch_drops_total", reason="backlog") == 1
+    assert value(registry, "scoring_batch_drops_total", reason="queue_time") == 0
 
 
 def test_counts_features_and_store(metrics: Metrics, registry: CollectorRegistry) -> None:
