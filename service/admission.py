@@ -4,6 +4,7 @@ Knows no HTTP, no rows and no model: only how much is under way, what it costs t
 how much of the machine the loop gets.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +17,11 @@ _FIXED_BYTES = 2000
 # answered any faster, either, but make every turn of the loop longer, and with it the time that
 # answers of the store lie unread.
 _SAFETY = 2.0
-# Sums keep this much of themselves per sample: the last 50 or so decide.
-_KEEP = 0.98
+# What was observed counts less by a factor of e for each of these seconds observed since. Requests
+# come and go in bunches of a turn or two of the loop: fewer would show one end of a bunch only.
+_MEMORY_S = 0.5
+# Of a turn of the loop in which nothing ran for long, only so much is taken for the rule.
+_LONGEST_STALL_S = 0.1
 # Before anything was measured: seconds of the loop for a request.
 _FIRST_GUESS_S = 1e-3
 
@@ -25,19 +29,20 @@ _FIRST_GUESS_S = 1e-3
 class LearntRatio:
     """Observed over predicted of late: what a machine, or its load, does to every prediction."""
 
-    __slots__ = ("_observed", "_predicted", "value")
+    __slots__ = ("_observed_s", "_predicted", "value")
 
-    def __init__(self, *, observed: float, predicted: float) -> None:
+    def __init__(self, *, observed_s: float, predicted: float) -> None:
         """Begins with one sample, soon outweighed; `predicted` above 0."""
-        self._observed = observed
+        self._observed_s = observed_s
         self._predicted = predicted
-        self.value = observed / predicted
+        self.value = observed_s / predicted
 
-    def add(self, *, observed: float, predicted: float) -> None:
-        """Learns from one sample. Its weight is its prediction: long waits teach more."""
-        self._observed = _KEEP * self._observed + observed
-        self._predicted = _KEEP * self._predicted + predicted
-        self.value = self._observed / self._predicted
+    def add(self, *, observed_s: float, predicted: float) -> None:
+        """Learns from one sample; a long one teaches more, and makes more be forgotten."""
+        keep = math.exp(-observed_s / _MEMORY_S)
+        self._observed_s = keep * self._observed_s + observed_s
+        self._predicted = keep * self._predicted + predicted
+        self.value = self._observed_s / self._predicted
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +73,8 @@ class Admission:
         self._under_way = 0.0
         self._num_under_way = 0
         self._announced = 0.0
-        self._pace = LearntRatio(observed=_FIRST_GUESS_S, predicted=_work(0))
-        self._stretch = LearntRatio(observed=1e-3, predicted=1e-3)
+        self._pace = LearntRatio(observed_s=_FIRST_GUESS_S, predicted=_work(0))
+        self._stretch = LearntRatio(observed_s=1e-3, predicted=1e-3)
         self._left_at_cpu: float | None = None
         self._turn: tuple[float, float] | None = None
 
@@ -123,11 +128,11 @@ class Admission:
     def end_turn(self) -> None:
         """The loop went once through all that was due, without waiting for anything."""
         if self._turn is not None:
-            wall, cpu = self._turn
+            wall_at, cpu_at = self._turn
             self._turn = None
-            self._stretch.add(
-                observed=self._clocks.wall() - wall, predicted=self._clocks.cpu() - cpu
-            )
+            cpu_s = self._clocks.cpu() - cpu_at
+            wall_s = min(self._clocks.wall() - wall_at, cpu_s + _LONGEST_STALL_S)
+            self._stretch.add(observed_s=wall_s, predicted=cpu_s)
 
     def enter(self, *, body_bytes: int) -> float:
         """Counts a request as under way; gives the work with which it must `leave`."""
@@ -145,7 +150,7 @@ class Admission:
         now = self._clocks.cpu()
         if self._left_at_cpu is not None:
             # All that the loop did since then, refusals too: they take time from the others.
-            self._pace.add(observed=now - self._left_at_cpu, predicted=work)
+            self._pace.add(observed_s=now - self._left_at_cpu, predicted=work)
         self._left_at_cpu = now
 
     def _seconds(self, work: float) -> float:

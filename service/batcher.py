@@ -113,7 +113,7 @@ class MicroBatcher(Generic[Item, Result]):
         self._is_closing = False
         self._idle: asyncio.Event | None = None
         # Of a run's duration, from the queue and back to it.
-        self._pace = LearntRatio(observed=1e-3, predicted=1e-3)
+        self._pace = LearntRatio(observed_s=1e-3, predicted=1e-3)
         self._min_tile_rows = _min_tile_rows(plan.cost)
 
     @property
@@ -402,7 +402,7 @@ class MicroBatcher(Generic[Item, Result]):
         batch, cause = run.batch, run.error
         self._observer.batch_finished(rows=run.rows, requests=len(batch), run_seconds=run.seconds)
         if cause is None:
-            self._pace.add(observed=self._clock() - run.started_at, predicted=run.predicted_s)
+            self._pace.add(observed_s=self._clock() - run.started_at, predicted=run.predicted_s)
             for entry, result in zip(batch, run.results, strict=True):
                 entry.item = None
                 if not entry.future.done():

@@ -1,5 +1,7 @@
 """Admission on a machine whose clocks the test turns."""
 
+import math
+
 import pytest
 
 from service.admission import Admission, Clocks, LearntRatio
@@ -169,15 +171,30 @@ def test_pace_follows_a_machine_that_becomes_slower() -> None:
     machine.serve(500)
 
     machine.work_s = 2 * MS
-    machine.serve(200)
+    machine.serve(1000)
 
     machine.fill(10)
     assert machine.admission.predicted_wait_s == pytest.approx(20 * MS, rel=0.05)
 
 
-def test_ratio_weighs_samples_by_their_prediction() -> None:
-    ratio = LearntRatio(observed=1.0, predicted=1.0)
+def test_ratio_forgets_by_the_seconds_observed() -> None:
+    ratio = LearntRatio(observed_s=2.0, predicted=1.0)
 
-    ratio.add(observed=300.0, predicted=100.0)
+    ratio.add(observed_s=0.5, predicted=0.5)
 
-    assert ratio.value == pytest.approx(300.98 / 100.98)
+    # What was before counts 1/e.
+    assert ratio.value == pytest.approx((2.0 / math.e + 0.5) / (1.0 / math.e + 0.5))
+
+
+def test_requests_that_end_in_one_bunch_do_not_look_cheap() -> None:
+    machine = Machine(work_s=0.5 * MS)
+    for _ in range(50):
+        work = [machine.admission.enter(body_bytes=BODY) for _ in range(100)]
+        machine.spend(45 * MS)
+        for one in work:
+            machine.spend(0.05 * MS)
+            machine.admission.leave(one)
+
+    machine.fill(40)
+
+    assert machine.admission.predicted_wait_s == pytest.approx(20 * MS, rel=0.05)
