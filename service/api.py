@@ -8,7 +8,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from service.errors import (
     Unavailable,
     error_codes,
 )
+from service.gate import Gate, Head
 from service.observe import CONTENT_TYPE, Metrics
 from service.openapi import openapi_document
 from service.scorer import Scorer
@@ -35,6 +36,10 @@ from service.settings import LimitSettings
 from service.wire import encode_answer, encode_json, is_request_id, parse_body, too_large
 
 _log = logging.getLogger(__name__)
+
+# Key of a request's state: when it reached this machine, in `time.monotonic`. Set by a protocol
+# that has asked the gate already.
+ARRIVED_AT = "arrived_at"
 
 _REQUEST_ID = b"x-request-id"
 _JSON = (b"content-type", b"application/json")
@@ -79,6 +84,10 @@ class ServiceStatus:
         self.scorer: Scorer | None = None
         self.is_draining = False
 
+    def model_wait_s(self) -> float:
+        """Predicted seconds until the model will have run what it was given; 0 without one."""
+        return 0.0 if self.scorer is None else self.scorer.model_wait_s
+
     def set_scorer(self, scorer: Scorer | None) -> None:
         """Begins to score, or (None) ceases to."""
         self.scorer = scorer
@@ -122,20 +131,21 @@ class _DisconnectedError(Exception):
 class ScoreEndpoint:
     """ASGI endpoint of `POST /score`."""
 
-    def __init__(self, status: ServiceStatus, *, limits: LimitSettings) -> None:
-        """Takes what it answers from."""
+    def __init__(self, status: ServiceStatus, *, limits: LimitSettings, gate: Gate) -> None:
+        """Takes what it answers from, and who decides which requests are let in."""
         self._status = status
+        self._gate = gate
         self._metrics = status.metrics
         self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request; a caller that hangs up gets nothing."""
         # Durations are not measured in the loop's time: uvloop tells it in whole milliseconds.
-        began_at, started_at = time.perf_counter(), asyncio.get_running_loop().time()
+        began_at = time.perf_counter()
         outcome, num_scored = "cancelled", 0
         try:
             try:
-                answer, outcome, num_scored = await self._score(scope, receive, started_at)
+                answer, outcome, num_scored = await self._score(scope, receive)
                 await _send(send, 200, answer, [_JSON])
             except ServiceError as exc:
                 outcome = exc.code
@@ -152,31 +162,44 @@ class ScoreEndpoint:
             seconds = time.perf_counter() - began_at
             self._metrics.request_finished(outcome=outcome, seconds=seconds, candidates=num_scored)
 
-    async def _score(
-        self, scope: Scope, receive: Receive, started_at: float
-    ) -> tuple[bytes, str, int]:
+    async def _score(self, scope: Scope, receive: Receive) -> tuple[bytes, str, int]:
         scorer = self._status.require_scorer()
-        data = await self._read_body(scope, receive, started_at)
+        arrived_at = scope["state"].get(ARRIVED_AT)
+        head = self._gate.read_head(scope["headers"], arrived_at=arrived_at)
+        if arrived_at is None:
+            self._gate.check(head)
+        data = await self._read_body(receive, head)
+        # Only now: a caller that is slow to send takes nobody's time.
+        work = self._gate.admission.enter(body_bytes=len(data))
+        try:
+            return await self._answer(scope, scorer, data, head)
+        finally:
+            self._gate.admission.leave(work)
+
+    async def _answer(
+        self, scope: Scope, scorer: Scorer, data: bytes | bytearray, head: Head
+    ) -> tuple[bytes, str, int]:
         received_at = time.perf_counter()
         body = parse_body(data, limits=self._limits)
         if body.request_id is not None:
             scope["state"]["request_id"] = body.request_id
         parsed_at = time.perf_counter()
         self._metrics.stage_finished(stage="parse", seconds=parsed_at - received_at)
-        result = await scorer.score(body.request, deadline=started_at + body.timeout_ms / 1000)
+        named = [ms for ms in (head.timeout_ms, body.timeout_ms) if ms is not None]
+        deadline = head.arrived_at + min(named, default=self._limits.timeout_ms) / 1000
+        result = await scorer.score(body.request, deadline=deadline)
         scored_at = time.perf_counter()
         answer = encode_answer(result, request_id=scope["state"]["request_id"])
         self._metrics.stage_finished(stage="respond", seconds=time.perf_counter() - scored_at)
+        if time.monotonic() > deadline:
+            raise DeadlineExceeded("the deadline passed while the answer was written")
         return answer, "degraded" if result.degraded else "ok", len(result.item_ids)
 
-    async def _read_body(
-        self, scope: Scope, receive: Receive, started_at: float
-    ) -> bytes | bytearray:
+    async def _read_body(self, receive: Receive, head: Head) -> bytes | bytearray:
         limit = self._limits.body_limit_bytes
-        for name, value in scope["headers"]:
-            if name == b"content-length" and value.isdigit() and int(value) > limit:
-                raise too_large(self._limits)
-        deadline = started_at + self._limits.max_timeout_ms / 1000
+        if head.body_bytes > limit:
+            raise too_large(self._limits)
+        deadline = head.arrived_at + self._limits.max_timeout_ms / 1000
         data = bytearray()
         try:
             async with asyncio.timeout_at(deadline):
@@ -224,7 +247,7 @@ class RequestIdMiddleware:
             await self._app(scope, receive, send)
             return
         state = scope.setdefault("state", {})
-        state["request_id"] = self._request_id(scope)
+        state["request_id"] = request_id_of(scope["headers"]) or self._new_id()
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -236,19 +259,11 @@ class RequestIdMiddleware:
 
         await self._app(scope, receive, send_with_id)
 
-    def _request_id(self, scope: Scope) -> str:
-        for name, value in scope["headers"]:
-            if name == _REQUEST_ID:
-                text = str(value, "latin-1")
-                if is_request_id(text):
-                    return text
-        return self._new_id()
 
-
-def add_routes(app: FastAPI, status: ServiceStatus, *, limits: LimitSettings) -> None:
+def add_routes(app: FastAPI, status: ServiceStatus, *, limits: LimitSettings, gate: Gate) -> None:
     """Adds every route and error handler to the app."""
     app.router.routes.append(
-        Route("/score", ScoreEndpoint(status, limits=limits), methods=["POST"])
+        Route("/score", ScoreEndpoint(status, limits=limits, gate=gate), methods=["POST"])
     )
 
     @app.get("/healthz", include_in_schema=False)
@@ -262,6 +277,7 @@ def add_routes(app: FastAPI, status: ServiceStatus, *, limits: LimitSettings) ->
 
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:
+        status.metrics.wait_predicted(seconds=gate.predicted_wait_s)
         return Response(status.metrics.render(), media_type=CONTENT_TYPE)
 
     @app.exception_handler(ServiceError)
@@ -294,6 +310,30 @@ async def send_problem(scope: Scope, send: Send, error: ServiceError) -> None:
     content = _problem_of(scope, error)
     headers = [_PROBLEM, *((k.encode(), v.encode()) for k, v in _problem_headers(error).items())]
     await _send(send, content["status"], encode_json(content), headers)
+
+
+def refusal_answer(error: Overloaded, *, request_id: str) -> bytes:
+    """The whole HTTP/1.1 answer with an error, for a request that never became an exchange."""
+    content = _problem({"state": {"request_id": request_id}}, error.code, str(error))
+    body = encode_json(content)
+    head = [
+        f"HTTP/1.1 {content['status']} Service Unavailable",
+        f"{_REQUEST_ID.decode()}: {request_id}",
+        f"content-type: {_PROBLEM[1].decode()}",
+        f"content-length: {len(body)}",
+        *(f"{name}: {value}" for name, value in _problem_headers(error).items()),
+    ]
+    return "\r\n".join((*head, "\r\n")).encode() + body
+
+
+def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    """The caller's id for the exchange; None if there is none, or none that can be used."""
+    for name, value in headers:
+        if name == _REQUEST_ID:
+            text = str(value, "latin-1")
+            if is_request_id(text):
+                return text
+    return None
 
 
 def _problem_response(scope: Scope, error: ServiceError) -> Response:

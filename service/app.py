@@ -10,9 +10,11 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from model.contract.blocks import Blocks
+from service.admission import Admission
 from service.api import RequestIdMiddleware, ServiceStatus, add_routes
 from service.batcher import MicroBatcher
 from service.errors import StoreError, StoreMisconfigured
+from service.gate import Gate
 from service.observe import Metrics
 from service.runtime import Outputs
 from service.scorer import Scorer
@@ -32,7 +34,8 @@ def create_app(
 ) -> FastAPI:
     """Makes the app; files and connections are opened by its lifespan, and closed by it.
 
-    `app.state.status` is its `ServiceStatus`, for the server that drains it.
+    `app.state.status` is its `ServiceStatus`, for the server that drains it, and `app.state.gate`
+    its `Gate`, for a protocol that refuses requests before the app sees them.
 
     Args:
         settings: Without `store.url`, a store must be given. Without `bundle`, the service runs
@@ -77,13 +80,19 @@ def create_app(
 
     app = FastAPI(lifespan=lifespan, redirect_slashes=False)
     app.state.status = status
-    app.add_middleware(
-        RequestIdMiddleware,
-        status=status,
-        new_id=lambda: uuid.uuid4().hex,
-    )
-    add_routes(app, status, limits=settings.limits)
+    app.state.gate = gate = _make_gate(status, settings)
+    app.add_middleware(RequestIdMiddleware, status=status, new_id=lambda: uuid.uuid4().hex)
+    add_routes(app, status, limits=settings.limits, gate=gate)
     return app
+
+
+def _make_gate(status: ServiceStatus, settings: Settings) -> Gate:
+    return Gate(
+        Admission(),
+        model_wait_s=status.model_wait_s,
+        metrics=status.metrics,
+        limits=settings.limits,
+    )
 
 
 def _serve(
@@ -97,6 +106,7 @@ def _serve(
     status.metrics.bundle_served(
         bundle=state.manifest.bundle_id, schema=state.manifest.schema_sha256
     )
+    status.metrics.run_cost_known(state.cost)
     status.metrics.item_table_changed(rows=len(state.items))
     status.set_scorer(
         Scorer(state, store=store, batcher=batcher, metrics=status.metrics, settings=settings.store)

@@ -16,8 +16,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from service.batcher import DropReason
+from service.batch_plan import DropReason
 from service.errors import ServiceError, StoreError, error_codes
+from service.run_cost import RunCost
 
 Stage = Literal["parse", "features", "encode", "queue", "run", "respond"]
 DegradedReason = Literal["user_features", "stale_user_features"]
@@ -116,6 +117,16 @@ class Metrics:
         """See `BatchObserver`."""
         self._queue_rows.set(rows)
 
+    def wait_predicted(self, *, seconds: float) -> None:
+        """What admission is decided by, as of now; said before `render`."""
+        self._predicted_wait.set(seconds)
+
+    def run_cost_known(self, cost: RunCost) -> None:
+        """What model runs cost was measured; the bundle before is forgotten."""
+        self._max_batch_rows.set(cost.max_rows)
+        self._run_fixed.set(cost.fixed_s)
+        self._run_row.set(cost.row_s)
+
     def store_failed(self, error: StoreError) -> None:
         """The online store, or the record it gave, could not be used."""
         self._store_errors[error.code].inc()
@@ -197,6 +208,16 @@ class Metrics:
             registry=self._registry,
         )
         self._queue_rows = self._gauge("queue_rows", "Rows waiting for a model run")
+        self._predicted_wait = self._gauge(
+            "predicted_wait_seconds", "Predicted time for answering all that is under way"
+        )
+        self._max_batch_rows = self._gauge("max_batch_rows", "Most rows run together")
+        self._run_fixed = self._gauge(
+            "run_fixed_seconds", "Time of a model run whatever its rows, measured at load"
+        )
+        self._run_row = self._gauge(
+            "run_row_seconds", "Time of each row of a model run, measured at load"
+        )
         self._batch_drops = self._counters(
             "batch_drops", "Requests that were not run", "reason", get_args(DropReason)
         )

@@ -121,7 +121,8 @@ _REQUEST: _Json = {
         "timeout_ms": {
             "type": ["integer", "null"],
             "minimum": 1,
-            "description": "Time for this request, up to the service's limit.",
+            "description": "Time for this request, up to the service's limit; see the header "
+            "x-timeout-ms.",
         },
     },
 }
@@ -223,7 +224,16 @@ def _score() -> _Json:
                 "in": "header",
                 "required": False,
                 "schema": {"type": "string", "maxLength": 128},
-            }
+            },
+            {
+                "name": "x-timeout-ms",
+                "in": "header",
+                "required": False,
+                "schema": {"type": "integer", "minimum": 1},
+                "description": "Milliseconds left for this request, up to the service's limit. "
+                "The shorter of this and the body's timeout_ms holds. A loaded service decides by "
+                "this header, or by its default without it, before it reads the body.",
+            },
         ],
         "requestBody": {
             "required": True,

@@ -3,9 +3,10 @@
 Knows blocks and outputs, no features and no requests.
 """
 
+import itertools
 import logging
+import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,23 +23,28 @@ from model.contract.bundle import (
 )
 from model.contract.encode import Encoder
 from model.contract.errors import BundleCorrupt, BundleRejected
+from service.run_cost import MAX_SWEEP_ROWS, RunCost, fit_cost, sweep, sweep_sizes
+from service.runners import RunnerThreads
 
 _log = logging.getLogger(__name__)
 
 Outputs = Mapping[str, npt.NDArray[np.float32]]
 
-_WARM_UP_ROWS = (1, 10, 100)
+# ONNX Runtime computes functions such as the sigmoid for four rows at a time, and those left over
+# at the end in another way, with other last bits.
+_ROW_MULTIPLE = 4
+_ROWS_PER_REQUEST = 100  # in the runs that are measured
 
 
 class Runtime:
-    """One session and its executor. Immutable; `run` may be called from any thread."""
+    """One session and its threads. Immutable; `run` may be called from any thread."""
 
     def __init__(self, model: bytes, *, num_runners: int, intra_op_threads: int) -> None:
         """Builds the session; seconds for a large model.
 
         Args:
             model: An ONNX file's content.
-            num_runners: Threads of `executor`: runs at the same time.
+            num_runners: Threads of `threads`: runs at the same time.
             intra_op_threads: Threads inside one run.
 
         Raises:
@@ -57,12 +63,12 @@ class Runtime:
             raise BundleCorrupt(f"{MODEL}: {_first_line(exc)}", where=MODEL) from exc
         self._input_names = tuple(entry.name for entry in self._session.get_inputs())
         self._output_names = tuple(entry.name for entry in self._session.get_outputs())
-        self._executor = ThreadPoolExecutor(num_runners, thread_name_prefix="onnx")
+        self._threads = RunnerThreads(num_runners, name="onnx")
 
     @property
-    def executor(self) -> ThreadPoolExecutor:
+    def threads(self) -> RunnerThreads:
         """Where `run` belongs; closed by `close`."""
-        return self._executor
+        return self._threads
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -88,14 +94,17 @@ class Runtime:
         return dict(zip(self._output_names, arrays, strict=True))
 
     def run_together(self, requests: list[Blocks]) -> list[Outputs]:
-        """Scores several requests in one run and hands each its own candidates."""
-        if len(requests) == 1:
+        """Scores several requests in one run and hands each its own candidates.
+
+        A candidate's scores are the same bits whatever is run with it.
+        """
+        if len(requests) == 1 and len(requests[0]) % _ROW_MULTIPLE == 0:
             return [self.run(requests[0])]
-        return split(self.run(combine(requests)), requests)
+        return split(self.run(combine(requests, row_multiple=_ROW_MULTIPLE)), requests)
 
     def close(self) -> None:
         """Lets the threads go; a run under way ends by itself."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
 
 def load_runtime(
@@ -104,9 +113,19 @@ def load_runtime(
     *,
     num_runners: int,
     intra_op_threads: int,
-    max_batch_rows: int,
-) -> Runtime:
-    """Builds the runtime of a bundle, tests it on the golden rows and warms it up.
+    max_batch_rows: int | None,
+) -> tuple[Runtime, RunCost]:
+    """Builds the runtime of a bundle, tests it on the golden rows, and measures its runs.
+
+    Args:
+        bundle: Read and verified.
+        encoder: By the bundle's fitted schema.
+        num_runners: See `Runtime`.
+        intra_op_threads: See `Runtime`.
+        max_batch_rows: Most rows of one run; None takes the cheapest number.
+
+    Returns:
+        The runtime, warm, and what its runs cost.
 
     Raises:
         BundleCorrupt: ONNX Runtime cannot load the model.
@@ -117,18 +136,25 @@ def load_runtime(
     try:
         _check_names(bundle, runtime)
         _check_golden_answers(bundle, runtime)
-        for num_rows in (*_WARM_UP_ROWS, max_batch_rows):
-            runtime.run(_repeat(bundle.golden.blocks, num_rows))
+        cost = _measure(bundle, runtime, intra_op_threads, max_batch_rows)
     except BaseException:
         runtime.close()
         raise
-    return runtime
+    return runtime, cost
 
 
-def combine(requests: Sequence[Blocks]) -> Blocks:
-    """Puts the requests' blocks one after another."""
+def combine(requests: Sequence[Blocks], *, row_multiple: int = 1) -> Blocks:
+    """Puts the requests' blocks one after another.
+
+    Args:
+        requests: At least one.
+        row_multiple: The first candidate is repeated at the end until the number of rows is a
+            multiple of this.
+    """
     sizes = np.array([len(blocks.request) for blocks in requests], np.int64)
     offsets = np.cumsum(sizes) - sizes
+    first = requests[0]
+    filler = np.zeros(-sum(map(len, requests)) % row_multiple, np.int64)
     return Blocks(
         request=RequestBlock(
             ids=np.concatenate([blocks.request.ids for blocks in requests]),
@@ -136,11 +162,21 @@ def combine(requests: Sequence[Blocks]) -> Blocks:
             history=np.concatenate([blocks.request.history for blocks in requests]),
         ),
         candidate=CandidateBlock(
-            ids=np.concatenate([blocks.candidate.ids for blocks in requests]),
-            dense=np.concatenate([blocks.candidate.dense for blocks in requests]),
+            ids=np.concatenate(
+                [*(blocks.candidate.ids for blocks in requests), first.candidate.ids[filler]]
+            ),
+            dense=np.concatenate(
+                [*(blocks.candidate.dense for blocks in requests), first.candidate.dense[filler]]
+            ),
         ),
         request_of=np.concatenate(
-            [blocks.request_of + offset for blocks, offset in zip(requests, offsets, strict=True)]
+            [
+                *(
+                    blocks.request_of + offset
+                    for blocks, offset in zip(requests, offsets, strict=True)
+                ),
+                first.request_of[filler],
+            ]
         ),
     )
 
@@ -153,6 +189,46 @@ def split(outputs: Outputs, requests: Sequence[Blocks]) -> list[Outputs]:
         {name: array[start:end] for name, array in outputs.items()}
         for start, end in zip(starts, ends, strict=True)
     ]
+
+
+def cut(blocks: Blocks, num_parts: int) -> list[Blocks]:
+    """Parts of a request, of about equal size and in order; `num_parts` is at most its rows."""
+    edges = [len(blocks) * part // num_parts for part in range(num_parts + 1)]
+    return [
+        Blocks(
+            request=blocks.request,
+            candidate=CandidateBlock(
+                ids=blocks.candidate.ids[start:end], dense=blocks.candidate.dense[start:end]
+            ),
+            request_of=blocks.request_of[start:end],
+        )
+        for start, end in itertools.pairwise(edges)
+    ]
+
+
+def join(parts: list[Outputs]) -> Outputs:
+    """Undoes `cut` for the outputs."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _measure(
+    bundle: Bundle, runtime: Runtime, intra_op_threads: int, max_batch_rows: int | None
+) -> RunCost:
+    def run(rows: int) -> None:
+        runtime.run(blocks[rows])
+
+    top = max(MAX_SWEEP_ROWS, max_batch_rows or 0)
+    blocks = {rows: _repeat(bundle.golden.blocks, rows) for rows in sweep_sizes(top)}
+    # The time of a run with threads of its own is not all in the thread that waits for it.
+    clock = time.thread_time if intra_op_threads == 1 else time.perf_counter
+    cost = fit_cost(sweep(run, max_rows=top, clock=clock), max_rows=max_batch_rows)
+    _log.info(
+        "a run takes %.0f us and %.2f us per row, at most %d rows are run together",
+        1e6 * cost.fixed_s,
+        1e6 * cost.row_s,
+        cost.max_rows,
+    )
+    return cost
 
 
 def _check_names(bundle: Bundle, runtime: Runtime) -> None:
@@ -201,12 +277,17 @@ def _check_golden_answers(bundle: Bundle, runtime: Runtime) -> None:
 
 def _repeat(blocks: Blocks, num_rows: int) -> Blocks:
     rows = np.arange(num_rows) % len(blocks)
+    num_requests = min(len(blocks.request), -(-num_rows // _ROWS_PER_REQUEST))
     return Blocks(
-        request=blocks.request,
+        request=RequestBlock(
+            ids=blocks.request.ids[:num_requests],
+            dense=blocks.request.dense[:num_requests],
+            history=blocks.request.history[:num_requests],
+        ),
         candidate=CandidateBlock(
             ids=blocks.candidate.ids[rows], dense=blocks.candidate.dense[rows]
         ),
-        request_of=blocks.request_of[rows],
+        request_of=np.arange(num_rows) // _ROWS_PER_REQUEST % num_requests,
     )
 
 

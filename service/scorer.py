@@ -119,6 +119,11 @@ class Scorer:
         self._max_record_age_s = settings.max_record_age_s
         self._clock = clock
 
+    @property
+    def model_wait_s(self) -> float:
+        """Predicted seconds until the model will have run what it was given."""
+        return self._batcher.predicted_wait_s
+
     async def score(self, request: ScoreRequest, *, deadline: float) -> ScoreResult:
         """Scores one request.
 

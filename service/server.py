@@ -1,6 +1,7 @@
 """The HTTP server process: listens, announces itself, and leaves without dropping a request."""
 
 import asyncio
+import functools
 import gc
 import importlib.util
 import logging
@@ -46,7 +47,7 @@ class ScoringServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=_http_protocol(),
+                http=_http_protocol(app),
                 loop="uvloop" if _is_installed("uvloop") else "asyncio",
                 ws="none",
                 lifespan="off",  # entered here, so that its errors reach the command line
@@ -155,12 +156,13 @@ def _url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _http_protocol() -> "type[asyncio.Protocol] | Literal['h11']":
+def _http_protocol(app: FastAPI) -> "type[asyncio.Protocol] | Literal['h11']":
     if not _is_installed("httptools"):
         return "h11"
     from service.http1 import Http1Protocol
 
-    return Http1Protocol
+    # uvicorn only ever calls it.
+    return functools.partial(Http1Protocol, gate=app.state.gate)  # type: ignore[return-value]
 
 
 def _is_installed(module: str) -> bool:

@@ -84,14 +84,25 @@ class StoreSettings(_Section):
 class BatchSettings(_Section):
     """How requests are put together for the model."""
 
-    max_batch_rows: int = Field(
-        400, ge=1, le=100_000, description="Most rows run together; a larger request runs alone"
+    max_batch_rows: int | None = Field(
+        None,
+        ge=1,
+        le=100_000,
+        description="Most rows run together; a larger request is run in parts. "
+        "Not set: measured when a bundle is loaded",
     )
     max_queue_rows: int = Field(
         20_000, ge=1, le=10_000_000, description="Most rows waiting; when full, refused at once"
     )
     num_runners: int = Field(1, ge=1, le=64, description="Model runs at the same time")
     intra_op_threads: int = Field(1, ge=1, le=64, description="Threads inside one model run")
+    inline_us: int | None = Field(
+        None,
+        ge=0,
+        le=100_000,
+        description="Longest model run made on the event loop itself. "
+        "Not set: 500, or any run if the process has one core only",
+    )
 
 
 class LimitSettings(_Section):

@@ -46,12 +46,12 @@ class ParsedBody:
     Attributes:
         request: What to score.
         request_id: None if the body names none.
-        timeout_ms: The body's, else the default.
+        timeout_ms: None if the body names none.
     """
 
     request: ScoreRequest
     request_id: str | None
-    timeout_ms: int
+    timeout_ms: int | None
 
 
 def parse_body(data: bytes | bytearray, *, limits: LimitSettings) -> ParsedBody:
@@ -79,7 +79,7 @@ def parse_body(data: bytes | bytearray, *, limits: LimitSettings) -> ParsedBody:
             user_features=body.user_features or {},
         ),
         request_id=body.request_id,
-        timeout_ms=_timeout_ms(body.timeout_ms, limits),
+        timeout_ms=_checked_timeout_ms(body.timeout_ms, limits),
     )
 
 
@@ -172,10 +172,8 @@ def _time(text: str | None) -> float | None:
         raise InvalidRequest(exc.reason, field="time") from exc
 
 
-def _timeout_ms(timeout_ms: int | None, limits: LimitSettings) -> int:
-    if timeout_ms is None:
-        return limits.timeout_ms
-    if not 1 <= timeout_ms <= limits.max_timeout_ms:
+def _checked_timeout_ms(timeout_ms: int | None, limits: LimitSettings) -> int | None:
+    if timeout_ms is not None and not 1 <= timeout_ms <= limits.max_timeout_ms:
         raise InvalidRequest(
             f"got {timeout_ms}, expected 1 to {limits.max_timeout_ms}", field="timeout_ms"
         )

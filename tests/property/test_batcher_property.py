@@ -8,15 +8,18 @@ import asyncio
 import selectors
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.batcher import DropReason, MicroBatcher
+from service.batch_plan import BatchPlan, DropReason, Tiling
+from service.batcher import MicroBatcher
 from service.errors import DeadlineExceeded, InferenceFailed, Overloaded, ShuttingDown
+from service.run_cost import RunCost
 
 MS = 1e-3
 TICK_S = 1e-6  # Rounding of sums of milliseconds.
@@ -30,6 +33,21 @@ class Request:
     timeout_ms: int
     cancel_after_ms: int | None
     is_poison: bool
+    part: int = 0
+
+
+def cut(request: Request, num_parts: int) -> list[Request]:
+    edges = [request.rows * part // num_parts for part in range(num_parts + 1)]
+    return [
+        replace(request, rows=end - start, part=part)
+        for part, (start, end) in enumerate(pairwise(edges))
+    ]
+
+
+def join(parts: list[tuple[int, int]]) -> tuple[int, int]:
+    assert [part for _, part in parts] == list(range(len(parts)))
+    (number,) = {number for number, _ in parts}
+    return number, 0
 
 
 @dataclass(frozen=True)
@@ -41,6 +59,8 @@ class Scenario:
     num_runners: int
     close_at_ms: int | None
     drain_ms: int
+    cuts: bool
+    is_inline: bool
 
 
 @dataclass
@@ -67,11 +87,11 @@ class Recorded:
         self.submitted.append(item.number)
         return item.rows
 
-    def run(self, items: list[Request]) -> list[int]:
+    def run(self, items: list[Request]) -> list[tuple[int, int]]:
         self.runs.append(items)
         if any(item.is_poison for item in items):
             raise ValueError("poison")
-        return [item.number for item in items]
+        return [(item.number, item.part) for item in items]
 
     def batch_finished(self, *, rows: int, requests: int, run_seconds: float) -> None:
         assert rows >= requests >= 1
@@ -141,14 +161,19 @@ class VirtualExecutor(Executor):
 
 async def play(scenario: Scenario, recorded: Recorded) -> dict[int, Ending]:
     loop = asyncio.get_running_loop()
-    batcher: MicroBatcher[Request, int] = MicroBatcher(
+    batcher: MicroBatcher[Request, tuple[int, int]] = MicroBatcher(
         recorded.run,
         size=recorded.size,
-        executor=VirtualExecutor(recorded, scenario.run_ms),
+        threads=VirtualExecutor(recorded, scenario.run_ms),
         observer=recorded,
-        max_batch_rows=scenario.max_batch_rows,
-        max_queue_rows=scenario.max_queue_rows,
-        num_runners=scenario.num_runners,
+        plan=BatchPlan(
+            cost=RunCost(fixed_s=0, row_s=0, max_rows=scenario.max_batch_rows),
+            max_queue_rows=scenario.max_queue_rows,
+            num_runners=scenario.num_runners,
+            inline_s=1.0 if scenario.is_inline else 0.0,
+        ),
+        tiling=Tiling(cut=cut, join=join) if scenario.cuts else None,
+        clock=loop.time,
     )
     endings: dict[int, Ending] = {}
 
@@ -156,9 +181,9 @@ async def play(scenario: Scenario, recorded: Recorded) -> dict[int, Ending]:
         await asyncio.sleep(request.arrive_ms * MS)
         submitted_at = loop.time()
         try:
-            result: int | BaseException = await batcher.submit(
-                request, submitted_at + request.timeout_ms * MS
-            )
+            result: int | BaseException = (
+                await batcher.submit(request, submitted_at + request.timeout_ms * MS)
+            )[0]
         except (Exception, asyncio.CancelledError) as exc:  # noqa: BLE001 - check_ending judges it
             result = exc
         endings[request.number] = Ending(result, submitted_at, loop.time())
@@ -182,7 +207,7 @@ async def play(scenario: Scenario, recorded: Recorded) -> dict[int, Ending]:
         with pytest.raises(ShuttingDown):
             await batcher.submit(last, loop.time() + 10)
     else:
-        assert await batcher.submit(last, loop.time() + 10) == -1
+        assert await batcher.submit(last, loop.time() + 10) == (-1, 0)
     assert batcher.queued_rows == recorded.queue_rows == 0
     await batcher.close(10)
     return endings
@@ -214,8 +239,10 @@ def check_runs(scenario: Scenario, recorded: Recorded) -> None:
     assert recorded.most_queue_rows <= scenario.max_queue_rows
     for items in recorded.runs:
         assert len(items) == 1 or sum(i.rows for i in items) <= scenario.max_batch_rows
-    numbers = [item.number for items in recorded.runs for item in items]
-    assert all(numbers.count(number) <= 2 for number in numbers)
+    parts = [(item.number, item.part) for items in recorded.runs for item in items]
+    assert all(parts.count(part) <= 2 for part in parts)
+    if scenario.cuts:
+        assert all(i.rows <= scenario.max_batch_rows for items in recorded.runs for i in items)
 
 
 @st.composite
@@ -239,6 +266,8 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         num_runners=draw(st.integers(1, 3)),
         close_at_ms=draw(st.none() | st.integers(0, 30)),
         drain_ms=draw(st.integers(0, 20)),
+        cuts=draw(st.booleans()),
+        is_inline=draw(st.booleans()),
     )
 
 
@@ -275,6 +304,8 @@ def calm_scenarios(draw: st.DrawFn) -> Scenario:
         num_runners=1,
         close_at_ms=None,
         drain_ms=0,
+        cuts=scenario.cuts,
+        is_inline=scenario.is_inline,
     )
 
 
@@ -291,4 +322,39 @@ def test_with_time_and_room_only_the_poisonous_fail_and_order_is_kept(scenario: 
         )
     assert recorded.drops == []
     first_runs = list(dict.fromkeys(i.number for items in recorded.runs for i in items))
-    assert first_runs == recorded.submitted
+    assert first_runs == list(dict.fromkeys(recorded.submitted))
+
+
+def test_prediction_follows_the_machine() -> None:
+    async def predict(run_ms: int) -> float:
+        recorded = Recorded()
+        batcher: MicroBatcher[Request, tuple[int, int]] = MicroBatcher(
+            recorded.run,
+            size=recorded.size,
+            threads=VirtualExecutor(recorded, [run_ms]),
+            observer=recorded,
+            plan=BatchPlan(cost=RunCost(fixed_s=0, row_s=1e-3, max_rows=10), max_queue_rows=100),
+            clock=asyncio.get_running_loop().time,
+        )
+        request = Request(1, 0, 10, 0, None, False)
+        for _ in range(100):
+            await batcher.submit(request, asyncio.get_running_loop().time() + 10)
+        waiting = [
+            asyncio.create_task(batcher.submit(request, asyncio.get_running_loop().time() + 10))
+            for _ in range(4)
+        ]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        predicted_s = batcher.predicted_wait_s
+        await asyncio.gather(*waiting)
+        await batcher.close(10)
+        return predicted_s
+
+    predicted = {}
+    for run_ms in (5, 10, 30):
+        with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+            predicted[run_ms] = runner.run(predict(run_ms))
+
+    # Four runs, each of the duration that runs had of late, not the 10 ms of the sweep.
+    for run_ms, predicted_s in predicted.items():
+        assert predicted_s == pytest.approx(4 * run_ms * MS, rel=0.15)

@@ -2,16 +2,20 @@ import asyncio
 import json
 import math
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import tiny
 from conftest import RunningApp, StartApp
 from fakes import FailingStore, SilentStore
 from starlette.types import Message
 
+from model.contract.blocks import Blocks
 from service.api import PROBLEMS, ServiceStatus
 from service.app import create_app
 from service.errors import (
@@ -25,6 +29,7 @@ from service.errors import (
     StoreUnavailable,
     error_codes,
 )
+from service.features import Candidates
 from service.openapi import ANSWER_EXAMPLE, REQUEST_EXAMPLES
 from service.scorer import ScoreRequest, ScoreResult
 from service.settings import Settings
@@ -293,6 +298,8 @@ async def test_deadline_is_504(running: RunningApp) -> None:
 class Stuck:
     """A scorer that comes to no end before the deadline."""
 
+    model_wait_s = 0.0
+
     async def score(self, request: ScoreRequest, *, deadline: float) -> ScoreResult:
         try:
             async with asyncio.timeout_at(deadline):
@@ -304,6 +311,8 @@ class Stuck:
 
 class Refusing:
     """A scorer that raises."""
+
+    model_wait_s = 0.0
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -489,3 +498,101 @@ async def test_concurrent_requests_are_batched_and_kept_apart(running: RunningAp
         for item in items:
             # Batching changes the last bits.
             assert math.isclose(item["pctr"], alone[item["item_id"]], abs_tol=1e-6)
+
+
+@pytest.mark.parametrize("header", ["0", "30001", "1.5", "", "-5", "1e3", "99999999999"])
+async def test_time_out_header_out_of_bounds_is_a_problem(
+    client: httpx.AsyncClient, header: str
+) -> None:
+    response = await client.post("/score", json=BODY, headers={"x-timeout-ms": header})
+
+    assert_problem(response, 422, "invalid_request", field="x-timeout-ms")
+
+
+@pytest.mark.parametrize(
+    ("header", "in_body", "expected_s"),
+    [("500", None, 0.5), (None, 700, 0.7), ("500", 700, 0.5), ("900", 700, 0.7), (None, None, 20)],
+)
+async def test_shorter_of_the_time_outs_holds(
+    running: RunningApp,
+    monkeypatch: pytest.MonkeyPatch,
+    header: str | None,
+    in_body: int | None,
+    expected_s: float,
+) -> None:
+    deadlines: list[float] = []
+    scorer = running.app.state.status.require_scorer()
+    real_score = scorer.score
+
+    async def score(request: ScoreRequest, *, deadline: float) -> ScoreResult:
+        deadlines.append(deadline)
+        result: ScoreResult = await real_score(request, deadline=deadline)
+        return result
+
+    monkeypatch.setattr(scorer, "score", score)
+    before = asyncio.get_running_loop().time()
+
+    response = await running.client.post(
+        "/score",
+        json={**BODY, "timeout_ms": in_body},
+        headers={} if header is None else {"x-timeout-ms": header},
+    )
+
+    assert response.status_code == 200
+    after = asyncio.get_running_loop().time()
+    assert before + expected_s <= deadlines[0] <= after + expected_s
+
+
+async def test_backlog_refuses_before_the_body_is_read(running: RunningApp) -> None:
+    admission = running.app.state.gate.admission
+    for _ in range(100_000):
+        admission.enter(body_bytes=1000)
+
+    sent, num_read = await post_asgi(running, [{"type": "http.request", "body": b"{}"}])
+
+    assert sent[0]["status"] == 503
+    assert num_read == 0
+    text = await metrics_text(running.client)
+    assert 'scoring_batch_drops_total{reason="backlog"} 1.0' in text
+    (wait,) = re.findall(r"^scoring_predicted_wait_seconds (\S+)$", text, re.M)
+    assert float(wait) > 1
+
+
+async def test_answered_requests_leave_nothing_under_way(running: RunningApp) -> None:
+    for body in (BODY, {**BODY, "candidates": []}, {**BODY, "timeout_ms": 0}):
+        await running.client.post("/score", json=body)
+
+    assert running.app.state.gate.admission.predicted_wait_s == 0
+
+
+async def test_poisoned_request_among_a_thousand_changes_no_bit_of_the_others(
+    running: RunningApp,
+) -> None:
+    scorer = running.app.state.status.require_scorer()
+    batcher = scorer._batcher
+    encoded = [
+        scorer.state.features.encode(
+            user_id=number,
+            time=tiny.NOON,
+            context={},
+            user_features={},
+            candidates=Candidates(item_ids=[1 + number % 4] * (1 + number % 7)),
+            record=None,
+        ).blocks
+        for number in range(1000)
+    ]
+    poison = replace(encoded[500], request_of=np.full(len(encoded[500]), 10**6))
+    deadline = asyncio.get_running_loop().time() + 60
+
+    async def score(blocks: Sequence[Blocks]) -> list[Any]:
+        return await asyncio.gather(
+            *(batcher.submit(one, deadline) for one in blocks), return_exceptions=True
+        )
+
+    alone = [(await score([one]))[0] for one in encoded]
+    together = await score([*encoded[:500], poison, *encoded[501:]])
+
+    assert isinstance(together[500], InferenceFailed)
+    for number in {*range(1000)} - {500}:
+        for name, values in alone[number].items():
+            np.testing.assert_array_equal(together[number][name], values)

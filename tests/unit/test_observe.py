@@ -16,6 +16,7 @@ from service.errors import (
     error_codes,
 )
 from service.observe import JsonFormatter, Metrics, configure_logging, request_outcomes
+from service.run_cost import RunCost
 
 
 @pytest.fixture
@@ -87,6 +88,18 @@ def test_observes_a_batcher(metrics: Metrics, registry: CollectorRegistry) -> No
     assert value(registry, "scoring_batch_drops_total", reason="cancelled") == 0
 
 
+def test_shows_what_admission_is_decided_by(metrics: Metrics, registry: CollectorRegistry) -> None:
+    metrics.run_cost_known(RunCost(fixed_s=3e-5, row_s=2e-6, max_rows=700))
+    metrics.wait_predicted(seconds=0.012)
+    metrics.request_dropped(reason="backlog")
+    assert value(registry, "scoring_max_batch_rows") == 700
+    assert value(registry, "scoring_run_fixed_seconds") == 3e-5
+    assert value(registry, "scoring_run_row_seconds") == 2e-6
+    assert value(registry, "scoring_predicted_wait_seconds") == 0.012
+    assert value(registry, "scoring_batch_drops_total", reason="backlog") == 1
+    assert value(registry, "scoring_batch_drops_total", reason="queue_time") == 0
+
+
 def test_counts_features_and_store(metrics: Metrics, registry: CollectorRegistry) -> None:
     metrics.stage_finished(stage="features", seconds=0.002)
     metrics.store_failed(StoreTimeout("late"))
@@ -135,7 +148,7 @@ def test_exposition_parses_and_stays_short(metrics: Metrics) -> None:
     metrics.bundle_served(bundle="b", schema="s")
     text = metrics.render().decode()
     families = list(text_string_to_metric_families(text))
-    assert len(families) == 18
+    assert len(families) == 22
     assert all(family.name.startswith("scoring_") for family in families)
     assert "_created" not in text
     assert {family.type for family in families} == {"counter", "gauge", "histogram"}

@@ -12,7 +12,7 @@ from model.contract.blocks import Blocks
 from model.contract.bundle import Bundle, parity_excess, read_bundle
 from model.contract.encode import Encoder
 from model.contract.errors import BundleCorrupt, BundleRejected
-from service.runtime import Runtime, combine, load_runtime, split
+from service.runtime import Runtime, combine, cut, join, load_runtime, split
 
 ENCODER = Encoder(tiny.fitted_schema())
 
@@ -30,7 +30,8 @@ def runtime(bundle: Bundle) -> Iterator[Runtime]:
 
 
 def load(bundle: Bundle) -> Runtime:
-    return load_runtime(bundle, ENCODER, num_runners=1, intra_op_threads=1, max_batch_rows=50)
+    runtime, _ = load_runtime(bundle, ENCODER, num_runners=1, intra_op_threads=1, max_batch_rows=50)
+    return runtime
 
 
 def changed_weight(model: bytes, name: str, value: float) -> bytes:
@@ -77,16 +78,58 @@ def test_combined_requests_get_their_own_answers(bundle: Bundle, runtime: Runtim
     assert [len(outputs["pctr"]) for outputs in together] == [20, 1, 10]
     for request, outputs in zip(requests, together, strict=True):
         for name, alone in runtime.run(request).items():
-            # Batching changes the last bits.
+            # Run in another number of rows.
             np.testing.assert_allclose(outputs[name], alone, rtol=0, atol=1e-6)
 
 
-def test_one_request_runs_as_it_is(bundle: Bundle, runtime: Runtime) -> None:
+def rows_of(blocks: Blocks, number: int) -> Blocks:
+    rows = np.arange(number) % len(blocks)
+    return replace(
+        blocks,
+        candidate=replace(
+            blocks.candidate, ids=blocks.candidate.ids[rows], dense=blocks.candidate.dense[rows]
+        ),
+        request_of=blocks.request_of[rows],
+    )
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 5, 7, 50, 101, 255])
+def test_company_does_not_change_a_bit(bundle: Bundle, runtime: Runtime, number: int) -> None:
+    request = rows_of(part(bundle.golden.blocks, 4), number)
+    mate = part(bundle.golden.blocks, 2)
+
+    (alone,) = runtime.run_together([request])
+
+    for company in ([mate, request], [mate, request, mate], [rows_of(mate, 1), request]):
+        together = runtime.run_together(company)[1]
+        for name, values in alone.items():
+            np.testing.assert_array_equal(together[name], values)
+
+
+@pytest.mark.parametrize("num_parts", [2, 3, 7])
+def test_parts_give_the_bits_of_the_whole(bundle: Bundle, runtime: Runtime, num_parts: int) -> None:
+    request = rows_of(part(bundle.golden.blocks, 4), 1000)
+
+    parts = [runtime.run_together([one])[0] for one in cut(request, num_parts)]
+
+    (whole,) = runtime.run_together([request])
+    for name, values in join(parts).items():
+        np.testing.assert_array_equal(values, whole[name])
+
+
+def test_cut_gives_parts_of_about_equal_size(bundle: Bundle) -> None:
+    parts = cut(rows_of(part(bundle.golden.blocks, 4), 10), 3)
+
+    assert [len(one) for one in parts] == [3, 3, 4]
+
+
+def test_combine_fills_up_rows(bundle: Bundle) -> None:
     request = part(bundle.golden.blocks, 2)
 
-    (outputs,) = runtime.run_together([request])
+    combined = combine([request, request, request], row_multiple=4)
 
-    np.testing.assert_array_equal(outputs["pctr"], runtime.run(request)["pctr"])
+    assert len(combined) == 32
+    np.testing.assert_array_equal(combined.candidate.ids[30:], request.candidate.ids[[0, 0]])
 
 
 def test_combine_offsets_request_rows(bundle: Bundle) -> None:
@@ -173,3 +216,16 @@ def test_inputs_of_other_names_are_refused(bundle: Bundle) -> None:
 
     with pytest.raises(BundleRejected, match="inputs are"):
         load(replace(bundle, manifest=manifest))
+
+
+@pytest.mark.parametrize(("max_batch_rows", "expected"), [(50, {50}), (None, set(range(1, 2049)))])
+def test_cap_is_found_unless_it_is_set(
+    bundle: Bundle, max_batch_rows: int | None, expected: set[int]
+) -> None:
+    runtime, cost = load_runtime(
+        bundle, ENCODER, num_runners=1, intra_op_threads=1, max_batch_rows=max_batch_rows
+    )
+    runtime.close()
+
+    assert cost.max_rows in expected
+    assert cost.row_s > 0

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from model.contract.blocks import Blocks
 from model.contract.record import pack_record
+from service.batch_plan import BatchPlan
 from service.batcher import MicroBatcher
 from service.errors import (
     DeadlineExceeded,
@@ -77,10 +78,9 @@ async def rig(
         batcher = MicroBatcher(
             run,
             size=len,
-            executor=state.runtime.executor,
+            threads=state.runtime.threads,
             observer=metrics,
-            max_batch_rows=100,
-            max_queue_rows=1000,
+            plan=BatchPlan(cost=state.cost, max_queue_rows=1000),
         )
     scorer = Scorer(
         state,

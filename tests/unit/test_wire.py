@@ -33,7 +33,7 @@ def test_least_body() -> None:
     assert parsed.request.context == {}
     assert parsed.request.user_features == {}
     assert parsed.request_id is None
-    assert parsed.timeout_ms == 100
+    assert parsed.timeout_ms is None
 
 
 def test_fullest_body() -> None:
