@@ -95,4 +95,4 @@ def test_help_imports_neither_torch_nor_fastapi() -> None:
 
 def test_shipped_schema_is_valid() -> None:
     schema = load_schema(ROOT / "model" / "datasets" / "complete_journey_schema.toml")
-    assert [step.name for step in schema.steps] == ["click", "conversion"]
+    assert schema.output_names == ("pctr", "pctcvr", "pcvr")
