@@ -14,7 +14,7 @@ from model.contract.columns import Column, Columns, Dictionary, Floats, Ragged, 
 from model.contract.encode import Encoder
 from model.contract.errors import EncodeError, RecordError
 from model.contract.ids import canonical_id
-from model.contract.record import HistoryEntries, Keys, RecentEntries, UserRecord, look_up
+from model.contract.record import HistoryEntries, Keys, RecentEntries, UserRecord, look_up_many
 from model.contract.spec import Feature, History, Match, Recent, raw_columns
 from service.errors import InvalidRequest
 from service.items import ItemTable
@@ -251,12 +251,9 @@ class FeatureSource:
         candidates: Candidates,
         time: float,
     ) -> None:
-        counts = np.full(keys.shape, np.nan)
-        last_times = np.full(keys.shape, np.nan)
+        stored = [] if record is None else [record.matches.get(f.name) for _, f in self._matches]
+        counts, last_times = look_up_many(stored, keys)
         for j, feature in self._matches:
-            entries = None if record is None else record.matches.get(feature.name)
-            if entries is not None:
-                counts[:, j], last_times[:, j] = look_up(entries, keys[:, j])
             given_counts = inline.get(feature.count_column)
             given_times = inline.get(feature.last_time_column)
             if given_counts is not None and given_times is not None:
@@ -265,13 +262,11 @@ class FeatureSource:
                     (counts, feature.count_column, given_counts),
                     (last_times, feature.last_time_column, given_times),
                 ):
-                    target[_rows(given), j] = _numbers(name, given, candidates)
+                    target[j, _rows(given)] = _numbers(name, given, candidates)
             elif given_counts is not None or given_times is not None:
                 lone = feature.last_time_column if given_counts is None else feature.count_column
                 raise _lone_match_column(feature, inline[lone], lone, candidates)
-        self._encoder.overwrite_matches(
-            block, counts, last_times, time=np.full(len(block), time, np.float64)
-        )
+        self._encoder.overwrite_matches(block, counts, last_times, time=time)
 
 
 def _columns_of(features: Iterable[Feature]) -> frozenset[str]:

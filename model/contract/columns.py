@@ -48,9 +48,9 @@ def numbers(name: str, column: Column | Ragged) -> Floats:
     elif isinstance(column, Dictionary | Ragged):
         raise EncodeError(name, "expected a number, got a text or list column")
     else:
-        values = np.array([_number(name, value, row) for row, value in enumerate(column)])
-    too_large = np.abs(values) > _LARGEST
-    if too_large.any():
+        values = np.array([number(name, value, row) for row, value in enumerate(column)])
+    if not fits_float32(values):
+        too_large = np.abs(values) > _LARGEST
         row = int(np.argmax(too_large))
         raise EncodeError(
             name, f"expected a finite number up to {_LARGEST:g}, got {values[row]:g}", row=row
@@ -58,7 +58,17 @@ def numbers(name: str, column: Column | Ragged) -> Floats:
     return values
 
 
-def _number(name: str, value: object, row: int) -> float:
+def fits_float32(values: Floats) -> bool:
+    """Whether every value is NaN or small enough for float32, standardised."""
+    return not (np.abs(values) > _LARGEST).any()
+
+
+def number(name: str, value: object, row: int) -> float:
+    """One raw value as a float, NaN where missing; its size is not checked.
+
+    Raises:
+        EncodeError: it is no number.
+    """
     if value is None:
         return np.nan
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
@@ -67,6 +77,20 @@ def _number(name: str, value: object, row: int) -> float:
         return float(value)
     except OverflowError as exc:
         raise EncodeError(name, "the number is too large", row=row) from exc
+
+
+def map_id(name: str, value: object, function: Callable[[object], int]) -> int:
+    """Applies a function to one raw id.
+
+    Raises:
+        EncodeError: the value is no id.
+    """
+    try:
+        return function(value)
+    except TypeError as exc:
+        raise EncodeError(name, str(exc), row=0) from exc
+    except UnicodeEncodeError as exc:
+        raise EncodeError(name, f"{_shorten(value)} is no valid text", row=0) from exc
 
 
 def map_ids(

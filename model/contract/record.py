@@ -4,7 +4,7 @@ Raw, never encoded: every bundle can read it, so that a swap, a canary and a rol
 store. A field that is absent is missing; a field that the schema does not know is ignored.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -228,6 +228,34 @@ def look_up(
     counts[found] = entries.counts[position[found]]
     times[found] = entries.last_times[position[found]]
     return counts, times
+
+
+def look_up_many(
+    entries: Sequence[MatchEntries | None], keys: Keys
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """`look_up` of several attributes at once: keys [n, m], results [m, n].
+
+    The entries are put one after another, so that all but the search is done once.
+    """
+    num_rows, width = keys.shape
+    found = [(j, e) for j, e in enumerate(entries) if e is not None and len(e.keys)]
+    if not found:
+        nothing = np.full((width, num_rows), np.nan)
+        return nothing, nothing.copy()
+    wanted = np.ascontiguousarray(keys.T)
+    position = np.zeros(wanted.shape, np.intp)
+    start = 0
+    for j, entry in found:
+        np.minimum(entry.keys.searchsorted(wanted[j]), len(entry.keys) - 1, out=position[j])
+        position[j] += start
+        start += len(entry.keys)
+    is_there = np.concatenate([e.keys for _, e in found])[position] == wanted
+    is_there &= wanted != NO_KEY
+    if len(found) < width:
+        is_there[[j for j in range(width) if all(j != k for k, _ in found)]] = False
+    counts = np.concatenate([e.counts for _, e in found])[position]
+    times = np.concatenate([e.last_times for _, e in found])[position]
+    return np.where(is_there, counts, np.nan), np.where(is_there, times, np.nan)
 
 
 def _check(record: UserRecord) -> None:
