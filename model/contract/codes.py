@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from model.contract.columns import Column, Ids, Ragged, map_id, map_ids
+from model.contract.columns import Column, Ids, Ragged, compact_ids, map_id, map_ids
 from model.contract.ids import canonical_id, hash_id
 from model.contract.spec import FIRST_CODE, MISSING_CODE, UNKNOWN_CODE, Categorical, Hashed
 
@@ -47,10 +47,11 @@ class IdCodes:
         Raises:
             EncodeError: a value is no id.
         """
-        if isinstance(column, list) and self._vocabulary:
+        if isinstance(column, list) and len(column) > 1:
             known = self._known(column)
             if known is not None:
                 return known
+            column = compact_ids(column)
         return map_ids(self._name, column, self.code, null=self.code(None))
 
     def _known(self, column: list[object]) -> Ids | None:

@@ -12,7 +12,7 @@ from model.contract.errors import EncodeError
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
-_LARGEST = 1e30  # standardised, it still fits into float32
+LARGEST = 1e30  # standardised, it still fits into float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,18 +49,13 @@ def numbers(name: str, column: Column | Ragged) -> Floats:
         raise EncodeError(name, "expected a number, got a text or list column")
     else:
         values = np.array([number(name, value, row) for row, value in enumerate(column)])
-    if not fits_float32(values):
-        too_large = np.abs(values) > _LARGEST
+    too_large = np.abs(values) > LARGEST
+    if too_large.any():
         row = int(np.argmax(too_large))
         raise EncodeError(
-            name, f"expected a finite number up to {_LARGEST:g}, got {values[row]:g}", row=row
+            name, f"expected a finite number up to {LARGEST:g}, got {values[row]:g}", row=row
         )
     return values
-
-
-def fits_float32(values: Floats) -> bool:
-    """Whether every value is NaN or small enough for float32, standardised."""
-    return not (np.abs(values) > _LARGEST).any()
 
 
 def number(name: str, value: object, row: int) -> float:
@@ -123,6 +118,18 @@ def map_ids(
         mapped.append(null)
     codes = np.array(mapped, np.uint64).view(np.int64)
     return codes[column.index] if isinstance(column, Dictionary) else codes
+
+
+def compact_ids(values: Column) -> Column:
+    """A list of ids with each distinct one once, if none of them can be at fault; else as it is.
+
+    Those that can are left to `map_ids`, which names their row.
+    """
+    if not isinstance(values, list) or set(map(type, values)) - {type(None)} not in ({str}, {int}):
+        return values
+    positions = {value: position for position, value in enumerate(dict.fromkeys(values))}
+    index = np.fromiter(map(positions.__getitem__, values), np.int64, count=len(values))
+    return Dictionary(values=list(positions), index=index)
 
 
 def as_ragged(

@@ -22,7 +22,6 @@ from model.contract.codes import IdCodes
 from model.contract.columns import (
     Column,
     Columns,
-    Dictionary,
     Floats,
     Ids,
     Ragged,
@@ -32,7 +31,7 @@ from model.contract.columns import (
 )
 from model.contract.errors import EncodeError
 from model.contract.ids import NO_KEY, canonical_id, hash_id
-from model.contract.numerics import NumericPlan, moments_of, raw_numbers
+from model.contract.numerics import NumericPlan, moments_of, raw_number, raw_numbers
 from model.contract.recent import RecentColumn, recent_statistics
 from model.contract.spec import (
     FIRST_CODE,
@@ -59,6 +58,7 @@ class _Side:
             among the layout's numerics.
         default_ids: int64 [1, F], of a row of which nothing is known.
         default_raw: float64 [K, 1], likewise: NaN, or the serving value.
+        default_values: those transformed, [K].
         columns: mean and deviation of all dense columns, float64 [D, 1] each.
         plan: of all numerics.
     """
@@ -68,6 +68,7 @@ class _Side:
     numeric_places: Mapping[str, int]
     default_ids: Ids
     default_raw: Floats
+    default_values: list[float]
     columns: tuple[Floats, Floats]
     plan: NumericPlan
 
@@ -106,6 +107,9 @@ class Encoder:
         self._request = self._side(self.request_layout)
         self._candidate = self._side(self.candidate_layout)
         self._candidate_default = self._default_candidate()
+        width = len(self.candidate_layout.matches)
+        mean, std = (array[len(array) - width :] for array in self._candidate.columns)
+        self._match_flags = ((0.0 - mean) / std, (1.0 - mean) / std)
         self._time_parts = [
             (j, feature.part)
             for j, name in enumerate(self.request_layout.ids)
@@ -142,12 +146,7 @@ class Encoder:
         utc_offset = self._utc_offsets(time) if self._time_parts or found else None
         ids = np.repeat(side.default_ids, num_rows, axis=0)
         self._write_ids(side, ids, columns)
-        raw = np.repeat(side.default_raw, num_rows, axis=1)
-        given = [name for name in columns if name in side.numeric_places]
-        if given:
-            places = [side.numeric_places[name] for name in given]
-            raw[places] = raw_numbers([(name, columns[name]) for name in given], num_rows)
-        values = side.plan.transform(raw, time)
+        values = self._request_values(columns, time)
         for feature, column in found:
             assert utc_offset is not None
             start = self._statistics_start[feature.name]
@@ -164,6 +163,21 @@ class Encoder:
             for j, part in self._time_parts:
                 ids[:, j] = FIRST_CODE + _time_part(part, local)
         return RequestBlock(ids=ids, dense=dense, history=self._histories(columns, time))
+
+    def _request_values(self, columns: Columns, time: Floats) -> Floats:
+        """Transformed values of all the request's numerics, [K, R]."""
+        side = self._request
+        given = [name for name in columns if name in side.numeric_places]
+        if len(time) == 1:
+            row = side.default_values.copy()
+            raw_row = {side.numeric_places[n]: raw_number(n, columns[n]) for n in given}
+            side.plan.transform_one(raw_row, row, float(time[0]))
+            return np.array(row, np.float64)[:, None]
+        raw = np.repeat(side.default_raw, len(time), axis=1)
+        if given:
+            places = [side.numeric_places[name] for name in given]
+            raw[places] = raw_numbers((name, columns[name]) for name in given)
+        return side.plan.transform(raw, time)
 
     def candidate_block(self, columns: Columns, *, time: Floats) -> CandidateBlock:
         """Encodes one row per candidate; `time` float64 [N] is that of each candidate's request.
@@ -212,20 +226,19 @@ class Encoder:
 
         Args:
             block: N candidates.
-            counts: [M, N], NaN for none.
-            last_times: unix seconds [M, N], likewise.
+            counts: [M, N], NaN or 0 for none.
+            last_times: unix seconds [M, N], of no meaning where there is none.
             time: unix seconds of the requests, [N] or one for all.
         """
         layout = self.candidate_layout
         first, width = len(layout.numerics), len(layout.matches)
-        values = self.transform_matches(layout.matches, counts, last_times, time=time)
+        present, both = self._present_matches(layout.matches, counts, last_times, time)
         mean, std = self._candidate.columns
         columns = slice(first, first + 2 * width)
-        flags = slice(len(mean) - width, len(mean))
-        missing = np.isnan(values)
-        scaled = np.where(missing, 0.0, (values - mean[columns]) / std[columns])
-        block.dense[:, columns] = scaled.T
-        block.dense[:, flags] = ((missing[:width] - mean[flags]) / std[flags]).T
+        scaled = (np.log1p(both).reshape(2 * width, -1) - mean[columns]) / std[columns]
+        scaled = np.where(present, scaled.reshape(both.shape), 0.0)
+        block.dense[:, columns] = scaled.reshape(2 * width, -1).T
+        block.dense[:, len(mean) - width :] = np.where(present, *self._match_flags).T
 
     def transform_matches(
         self, names: Sequence[str], counts: Floats, last_times: Floats, *, time: Floats | float
@@ -235,11 +248,20 @@ class Encoder:
         An entry is missing (NaN) where there is none, where it is later than the request, and where
         it is older than the feature's max_age_days.
         """
+        present, both = self._present_matches(names, counts, last_times, time)
+        return np.where(present, np.log1p(both), np.nan).reshape(2 * len(names), -1)
+
+    def _present_matches(
+        self, names: Sequence[str], counts: Floats, last_times: Floats, time: Floats | float
+    ) -> tuple[npt.NDArray[np.bool_], Floats]:
+        """Which entries are not missing [k, N]; counts and days [2, k, N], 0 where they are."""
         days = (time - last_times) / SECONDS_PER_DAY
-        limits = np.array([[self._max_age_days[name]] for name in names])
-        present = (counts > 0) & (days >= 0) & (days <= limits)
-        both = np.where(present, np.stack([counts, days]), np.nan)
-        return np.log1p(both.reshape(2 * len(names), -1))
+        present = (counts > 0) & (days >= 0)
+        limits = [self._max_age_days[name] for name in names]
+        if min(limits, default=np.inf) < np.inf:
+            present &= days <= np.array(limits)[:, None]
+        both = np.concatenate([counts, days]).reshape(2, *days.shape)
+        return present, np.where(present, both, 0.0)
 
     def with_recent_statistics(self, columns: Columns, *, time: Floats) -> Columns:
         """The columns, and beside them those of every recent feature whose events are given."""
@@ -267,7 +289,7 @@ class Encoder:
         if not given:
             return [], np.empty((0, 0), np.float64)
         places = [side.numeric_places[name] for name in given]
-        raw = raw_numbers([(name, columns[name]) for name in given], _length(columns[given[0]]))
+        raw = raw_numbers((name, columns[name]) for name in given)
         return places, side.plan.select(places).transform(raw, time).T
 
     def match_keys(self, columns: Columns, *, num_rows: int) -> npt.NDArray[np.uint64]:
@@ -357,7 +379,9 @@ class Encoder:
             self._codes[name].code(self._fixed.get(name)) if name in self._codes else MISSING_CODE
             for name in layout.ids
         ]
-        raw = [[np.nan if (v := self._fixed.get(name)) is None else v] for name in layout.numerics]
+        raw = [np.nan if (v := self._fixed.get(name)) is None else v for name in layout.numerics]
+        default_raw = np.array(raw, np.float64)[:, None]
+        plan = NumericPlan.of(layout, features=self._features, mean=mean, std=std)
         return _Side(
             layout=layout,
             id_places={
@@ -369,9 +393,10 @@ class Encoder:
                 name: j for j, name in enumerate(layout.numerics) if name not in self._fixed
             },
             default_ids=np.array([ids], np.int64),
-            default_raw=np.array(raw, np.float64).reshape(-1, 1),
+            default_raw=default_raw,
+            default_values=plan.transform(default_raw, None)[:, 0].tolist(),
             columns=(mean[:, None], std[:, None]),
-            plan=NumericPlan.of(layout, features=self._features, mean=mean, std=std),
+            plan=plan,
         )
 
     def _default_candidate(self) -> CandidateBlock:
@@ -380,7 +405,7 @@ class Encoder:
         dense = np.zeros((1, len(mean)), np.float32)
         flags = slice(len(side.layout.value_columns), None)
         dense[:, flags] = ((1.0 - mean[flags]) / std[flags]).T
-        side.plan.write(dense, side.plan.transform(side.default_raw, None))
+        side.plan.write(dense, np.array(side.default_values, np.float64)[:, None])
         return CandidateBlock(ids=side.default_ids, dense=dense)
 
     def _histories(self, columns: Columns, time: Floats) -> Ids:
@@ -436,7 +461,3 @@ def _time_part(part: str, local: Floats) -> Ids:
         return (np.floor(local / 3600.0) % 24).astype(np.int64)
     # 1970-01-01 was a Thursday; Monday is 0.
     return ((np.floor(local / SECONDS_PER_DAY) + 3) % 7).astype(np.int64)
-
-
-def _length(column: Column | Ragged) -> int:
-    return len(column.index) if isinstance(column, Dictionary) else len(column)  # type: ignore[arg-type]  # a Ragged is no number and refused

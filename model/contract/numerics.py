@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from model.contract.blocks import BlockLayout, Dense
-from model.contract.columns import Column, Floats, Ids, Ragged, fits_float32, number, numbers
+from model.contract.columns import LARGEST, Column, Floats, Ids, Ragged, number, numbers
 from model.contract.spec import Elapsed, Feature, FittedSchema, Numeric
 from model.contract.times import SECONDS_PER_DAY
 
@@ -25,6 +25,8 @@ class NumericPlan:
         has_defaults: whether any of them is not NaN.
         elapsed: int64, which of the k are times whose age counts.
         log1p: int64, which of the k have log1p taken.
+        rows: of each column: default, whether it is a time, minimum, maximum, whether log1p is
+            taken; the same as above for one value.
         first_flag: where the missing flags of the layout begin among the dense columns.
         mean, std: moments of the values; flag_mean, flag_std: of their missing flags.
         flags: positions of the missing flags among the block's dense columns, likewise.
@@ -43,6 +45,7 @@ class NumericPlan:
     flag_mean: Floats
     flag_std: Floats
     first_flag: int
+    rows: tuple[tuple[float, bool, float, float, bool], ...]
 
     @classmethod
     def of(
@@ -53,15 +56,23 @@ class NumericPlan:
         values, flags = len(layout.numerics), len(layout.value_columns)
         here, there = slice(0, values), slice(flags, flags + values)
         defaults = _limits(found, "default", np.nan)
+        minimum, maximum = _limits(found, "minimum", -np.inf), _limits(found, "maximum", np.inf)
+        is_elapsed = [isinstance(f, Elapsed) for f in found]
+        takes_log = [isinstance(f, Elapsed) or (isinstance(f, Numeric) and f.log1p) for f in found]
+        limits = (array[:, 0].tolist() for array in (defaults, minimum, maximum))
         return cls(
             places=here,
-            minimum=_limits(found, "minimum", -np.inf),
-            maximum=_limits(found, "maximum", np.inf),
+            minimum=minimum,
+            maximum=maximum,
             defaults=defaults,
             has_defaults=not np.isnan(defaults).all(),
-            elapsed=_where(isinstance(f, Elapsed) for f in found),
-            log1p=_where(
-                isinstance(f, Elapsed) or (isinstance(f, Numeric) and f.log1p) for f in found
+            elapsed=_where(is_elapsed),
+            log1p=_where(takes_log),
+            rows=tuple(
+                (default, elapsed, low, high, log)
+                for default, low, high, elapsed, log in zip(
+                    *limits, is_elapsed, takes_log, strict=True
+                )
             ),
             mean=mean[here, None],
             std=std[here, None],
@@ -88,6 +99,7 @@ class NumericPlan:
             flag_mean=self.flag_mean[at],
             flag_std=self.flag_std[at],
             first_flag=self.first_flag,
+            rows=tuple(self.rows[place] for place in places),
         )
 
     def transform(self, raw: Floats, time: Floats | None) -> Floats:
@@ -109,6 +121,36 @@ class NumericPlan:
             values[self.log1p] = np.log1p(values[self.log1p])
         return values
 
+    def transform_one(self, given: Mapping[int, float], values: list[float], time: float) -> None:
+        """`transform` of some values of one row, written into `values` [k]; see there.
+
+        So few numbers are done several times faster one by one; log1p is numpy's all the same,
+        whose last bit may differ from the standard library's.
+
+        Args:
+            given: raw values by position, NaN where missing.
+            values: of the row, transformed already where none is given.
+            time: unix seconds.
+        """
+        logs = []
+        for place, raw in given.items():
+            default, is_elapsed, minimum, maximum, takes_log = self.rows[place]
+            value = default if raw != raw else raw
+            if is_elapsed:
+                days = (time - value) / SECONDS_PER_DAY
+                value = days if days >= 0 else np.nan
+            if value < minimum:
+                value = minimum
+            elif value > maximum:
+                value = maximum
+            values[place] = value
+            if takes_log:
+                logs.append(place)
+        if logs:
+            made = np.log1p(np.array([values[place] for place in logs], np.float64)).tolist()
+            for place, value in zip(logs, made, strict=True):
+                values[place] = value
+
     def write(self, dense: Dense, values: Floats) -> None:
         """Puts transformed values [k, n] and their missing flags into a block's dense [n, D]."""
         missing = np.isnan(values)
@@ -116,21 +158,27 @@ class NumericPlan:
         dense[:, self.flags] = ((missing - self.flag_mean) / self.flag_std).T
 
 
-def raw_numbers(columns: Iterable[tuple[str, Column | Ragged]], num_rows: int) -> Floats:
+def raw_numbers(columns: Iterable[tuple[str, Column | Ragged]]) -> Floats:
     """Raw columns as one float64 [k, n], NaN where missing.
 
     Raises:
         EncodeError: a value is no finite number, or beyond what float32 can hold.
     """
-    given = list(columns)
-    if num_rows == 1 and all(isinstance(column, list) for _, column in given):
-        # One request: Python numbers are checked one by one anyway.
-        row = [number(name, column[0], 0) for name, column in given]  # type: ignore[index]  # lists
-        values = np.array(row, np.float64)
-        if fits_float32(values):
-            return values[:, None]
-    made = [numbers(name, column) for name, column in given]
+    made = [numbers(name, column) for name, column in columns]
     return np.concatenate(made).reshape(len(made), -1)
+
+
+def raw_number(name: str, column: Column | Ragged) -> float:
+    """The one value of a raw column, NaN where missing.
+
+    Raises:
+        EncodeError: as `raw_numbers`.
+    """
+    if isinstance(column, list):
+        value = number(name, column[0], 0)
+        if value != value or abs(value) <= LARGEST:
+            return value
+    return float(numbers(name, column)[0])
 
 
 def _limits(features: Sequence[Feature | None], name: str, none: float) -> Floats:

@@ -1,5 +1,6 @@
 """Numbers about a user's newest events as of a request, for `Recent` features."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,67 +115,65 @@ def _statistics_of_one(
     here: np.uint64 | None,
 ) -> Floats:
     """`_statistics` of one request [S], bit for bit, with a fifth of its steps."""
-    events, num_windows = column.events, len(feature.windows_days)
-    start = int(np.count_nonzero(events.times > time))  # newest first, so these come first
-    kept = slice(start, start + feature.max_length)
-    times, values = events.times[kept], np.asarray(events.values, np.float64)[kept]
+    times, values, keys = column.events.times, np.asarray(column.events.values), column.keys
+    if len(times) and (times[0] > time or len(times) > feature.max_length):
+        start = int(np.count_nonzero(times > time))  # newest first, so these come first
+        kept = slice(start, start + feature.max_length)
+        times, values, keys = times[kept], values[kept], None if keys is None else keys[kept]
     if not len(times):
         return np.full(len(feature.statistics), np.nan)
     log_values = np.log1p(values)
     age_days = (time - times) / SECONDS_PER_DAY
-    alike = _alike(feature, column, kept, times, time, utc_offset, here)
+    is_alike = _alike(feature, times, keys, time + utc_offset, utc_offset, here)
+    alike = is_alike.astype(np.float64)
     # Sums run from the newest event to the oldest, as those of many requests do.
     sums = np.add.accumulate(log_values)
-    alike_sums = np.add.accumulate(np.where(alike, log_values, 0.0), axis=1)[:, -1]
-    within = age_days.searchsorted(feature.windows_days, "right")
-    number = np.concatenate([within, np.count_nonzero(alike, axis=1)]).astype(np.float64)
-    total = np.concatenate([np.where(within > 0, sums[within - 1], 0.0), alike_sums])
-    prior = np.full(len(number), PRIOR_EVENTS)
-    prior[:num_windows] = 0.0
-    with np.errstate(invalid="ignore"):
-        means = (total + prior * (sums[-1] / len(times))) / (number + prior)
-    is_large = None if feature.large is None else values >= np.float32(feature.large)
-    days = [
-        age_days[1] - age_days[0] if len(times) > 1 else np.nan,
-        _first(age_days, is_large),
-        _first(age_days, alike[2] if len(alike) > 2 else None),
+    alike_totals = np.add.accumulate(alike * log_values, axis=1)[:, -1].tolist()
+    within = age_days.searchsorted(feature.windows_days, "right").tolist()
+    numbers = [*within, *np.add.reduce(alike, axis=1).tolist()]
+    # From here on these are too few numbers to be worth an array.
+    prior = PRIOR_EVENTS * (float(sums[-1]) / len(times))
+    means = [float(sums[n - 1]) / n if n else np.nan for n in within]
+    means += [
+        (total + prior) / (number + PRIOR_EVENTS)
+        for total, number in zip(alike_totals, numbers[len(within) :], strict=True)
     ]
-    logs = np.log1p(np.concatenate([number, days]))
-    pairs = np.stack([logs[: len(number)], means], axis=1)
-    gap, large_days, here_days = logs[len(number) :]
-    parts = [*pairs[:num_windows].ravel(), log_values[0], gap]
-    parts += [*pairs[num_windows : num_windows + 2].ravel()]
+    days = [float(age_days[1]) - float(age_days[0]) if len(times) > 1 else np.nan]
     if feature.large is not None:
-        parts.append(large_days)
+        days.append(_first(age_days, values >= np.float32(feature.large)))
     if feature.context is not None:
-        parts += [*pairs[num_windows + 2], here_days]
-    return np.array(parts, np.float64)
+        days.append(_first(age_days, is_alike[2]))
+    logs = np.log1p(np.array([*numbers, *days], np.float64)).tolist()
+    pairs = [value for pair in zip(logs, means, strict=False) for value in pair]
+    first, second = 2 * len(within), 2 * len(within) + 4
+    gap, *others = logs[len(numbers) :]
+    parts = [*pairs[:first], float(log_values[0]), gap, *pairs[first:second]]
+    if feature.large is not None:
+        parts.append(others.pop(0))
+    return np.array([*parts, *pairs[second:], *others], np.float64)
 
 
 def _alike(
     feature: Recent,
-    column: RecentColumn,
-    kept: slice,
     times: Floats,
-    time: float,
+    keys: Keys | None,
+    local: float,
     utc_offset: float,
     here: np.uint64 | None,
 ) -> Mask:
     """Events at the request's hour, on its weekday and, with a context, here: [2 or 3, n]."""
-    event_local, local = times + utc_offset, np.array([time + utc_offset], np.float64)
+    event_local = times + utc_offset
     alike = np.zeros((2 if feature.context is None else 3, len(times)), np.bool_)
-    hour = np.abs(_clock(event_local) - _clock(local))
+    hour = np.abs(_clock(event_local) - (local / 3600.0) % 24.0)
     np.less_equal(np.minimum(hour, 24.0 - hour), NEAR_HOURS, out=alike[0])
-    np.equal(_weekday(event_local), _weekday(local), out=alike[1])
-    if len(alike) > 2 and column.keys is not None and here is not None and here != NO_KEY:
-        np.equal(column.keys[kept], here, out=alike[2])
+    np.equal(_weekday(event_local), math.floor(local / SECONDS_PER_DAY) % 7, out=alike[1])
+    if len(alike) > 2 and keys is not None and here is not None and here != NO_KEY:
+        np.equal(keys, here, out=alike[2])
     return alike
 
 
-def _first(age_days: Floats, mask: Mask | None) -> float:
+def _first(age_days: Floats, mask: Mask) -> float:
     """Age of the newest of those events, NaN where there is none."""
-    if mask is None:
-        return np.nan
     place = int(mask.argmax())
     return float(age_days[place]) if mask[place] else np.nan
 

@@ -110,6 +110,9 @@ class _WireVersion(msgspec.Struct):
     record_version: int
 
 
+_END = np.array([NO_KEY], np.uint64)
+_NO_TIME = np.zeros(1, np.int64)
+
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(_WireRecord)
 _VERSION_DECODER = msgspec.msgpack.Decoder(_WireVersion)
@@ -232,30 +235,33 @@ def look_up(
 
 def look_up_many(
     entries: Sequence[MatchEntries | None], keys: Keys
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """`look_up` of several attributes at once: keys [n, m], results [m, n].
+) -> tuple[npt.NDArray[np.float64], Times]:
+    """`look_up` of m attributes at once, of keys [n, m].
 
     The entries are put one after another, so that all but the search is done once.
+
+    Returns:
+        Counts [m, n], 0 where there is none, and last times [m, n], of no meaning there.
     """
-    num_rows, width = keys.shape
-    found = [(j, e) for j, e in enumerate(entries) if e is not None and len(e.keys)]
-    if not found:
-        nothing = np.full((width, num_rows), np.nan)
-        return nothing, nothing.copy()
     wanted = np.ascontiguousarray(keys.T)
     position = np.zeros(wanted.shape, np.intp)
+    present = []
     start = 0
-    for j, entry in found:
-        np.minimum(entry.keys.searchsorted(wanted[j]), len(entry.keys) - 1, out=position[j])
-        position[j] += start
-        start += len(entry.keys)
-    is_there = np.concatenate([e.keys for _, e in found])[position] == wanted
-    is_there &= wanted != NO_KEY
-    if len(found) < width:
-        is_there[[j for j in range(width) if all(j != k for k, _ in found)]] = False
-    counts = np.concatenate([e.counts for _, e in found])[position]
-    times = np.concatenate([e.last_times for _, e in found])[position]
-    return np.where(is_there, counts, np.nan), np.where(is_there, times, np.nan)
+    for j, entry in enumerate(entries):
+        if entry is not None and len(entry.keys):
+            # A place past the end is one of _END, which no key that counts is equal to.
+            np.add(entry.keys.searchsorted(wanted[j]), start, out=position[j])
+            present.append(entry)
+            start += len(entry.keys) + 1
+        else:
+            wanted[j] = NO_KEY
+    if not present:
+        return np.zeros(wanted.shape, np.float64), np.zeros(wanted.shape, np.int64)
+    stored = np.concatenate([part for e in present for part in (e.keys, _END)])
+    counts = np.concatenate([part for e in present for part in (e.counts, _END)])
+    times = np.concatenate([part for e in present for part in (e.last_times, _NO_TIME)])
+    is_there = (stored.take(position) == wanted) & (wanted != NO_KEY)
+    return np.where(is_there, counts.take(position), 0.0), times.take(position)
 
 
 def _check(record: UserRecord) -> None:
@@ -276,6 +282,8 @@ def _check_recent(name: str, entries: RecentEntries) -> None:
         raise RecordError(f"recent {name!r}: the arrays differ in length", where=name)
     if not np.isfinite(entries.values).all() or (entries.values < 0).any():
         raise RecordError(f"recent {name!r}: a value is no number of 0 or more", where=name)
+    if (entries.times[1:] > entries.times[:-1]).any():
+        raise RecordError(f"recent {name!r}: the newest event is not the first", where=name)
 
 
 def _check_match(name: str, entries: MatchEntries) -> None:
