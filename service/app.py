@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-import uuid
+import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from model.contract.blocks import Blocks
-from service.api import RequestIdMiddleware, ServiceStatus, add_routes
+from service.api import ScoringApp, ServiceStatus, add_routes
 from service.batcher import MicroBatcher
 from service.errors import StoreError, StoreMisconfigured
 from service.observe import Metrics
@@ -75,14 +75,9 @@ def create_app(
             yield
             status.begin_drain()
 
-    app = FastAPI(lifespan=lifespan, redirect_slashes=False)
+    app = ScoringApp(lifespan=lifespan, redirect_slashes=False)
     app.state.status = status
-    app.add_middleware(
-        RequestIdMiddleware,
-        status=status,
-        new_id=lambda: uuid.uuid4().hex,
-    )
-    add_routes(app, status, limits=settings.limits)
+    add_routes(app, status, limits=settings.limits, new_id=lambda: os.urandom(16).hex())
     return app
 
 

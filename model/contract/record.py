@@ -4,6 +4,7 @@ Raw, never encoded: every bundle can read it, so that a swap, a canary and a rol
 store. A field that is absent is missing; a field that the schema does not know is ignored.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -165,20 +166,26 @@ def unpack_record(data: bytes) -> UserRecord:
         RecordError: not such a record, of another version, or its arrays do not fit each other.
     """
     try:
-        version = _VERSION_DECODER.decode(data).record_version
+        try:
+            wire = _DECODER.decode(data)
+            version = wire.record_version
+        except msgspec.ValidationError:
+            # A record of another version may look otherwise, and its version says more.
+            version = _VERSION_DECODER.decode(data).record_version
+            if version == RECORD_VERSION:
+                raise
         if version != RECORD_VERSION:
             raise RecordError(
                 f"record_version {version} is not known, expected {RECORD_VERSION}",
                 where="record_version",
             )
-        wire = _DECODER.decode(data)
     except msgspec.MsgspecError as exc:
         raise RecordError(f"not a user record: {exc}", where="record") from exc
     except UnicodeDecodeError as exc:
         raise RecordError("not a user record: text is not UTF-8", where="record") from exc
     except RecursionError as exc:
         raise RecordError("not a user record: nested too deeply", where="record") from exc
-    if not np.isfinite(wire.updated_at):
+    if not math.isfinite(wire.updated_at):
         raise RecordError("updated_at is not a finite number", where="updated_at")
     try:
         matches = {
@@ -280,7 +287,8 @@ def _check_recent(name: str, entries: RecentEntries) -> None:
         len(entries.times),
     ):
         raise RecordError(f"recent {name!r}: the arrays differ in length", where=name)
-    if not np.isfinite(entries.values).all() or (entries.values < 0).any():
+    # The least and the largest, as NaN is neither above 0 nor below infinity.
+    if len(entries.values) and not (entries.values.min() >= 0 and entries.values.max() < np.inf):
         raise RecordError(f"recent {name!r}: a value is no number of 0 or more", where=name)
     if (entries.times[1:] > entries.times[:-1]).any():
         raise RecordError(f"recent {name!r}: the newest event is not the first", where=name)
@@ -289,5 +297,5 @@ def _check_recent(name: str, entries: RecentEntries) -> None:
 def _check_match(name: str, entries: MatchEntries) -> None:
     if not len(entries.keys) == len(entries.counts) == len(entries.last_times):
         raise RecordError(f"match {name!r}: the three arrays differ in length", where=name)
-    if np.any(entries.keys[1:] <= entries.keys[:-1]):
+    if (entries.keys[1:] <= entries.keys[:-1]).any():
         raise RecordError(f"match {name!r}: keys are not strictly ascending", where=name)

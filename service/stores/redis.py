@@ -196,6 +196,11 @@ class RedisStore:
         """Whether no look-up and no attempt to connect is under way, their callers gone or not."""
         return self._connecting is None and (self._pipe is None or not self._pipe.num_pending)
 
+    @property
+    def max_get_s(self) -> float:
+        """See `OnlineStore.max_get_s`: `timeout_s`, and as much again if this process was late."""
+        return 2 * self.timeout_s
+
     async def get(self, user_id: str) -> bytes | None:
         """See `OnlineStore.get`: one round trip.
 
