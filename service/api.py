@@ -165,7 +165,7 @@ class ScoreEndpoint:
         self._metrics.stage_finished(stage="parse", seconds=parsed_at - received_at)
         result = await scorer.score(body.request, deadline=started_at + body.timeout_ms / 1000)
         scored_at = time.perf_counter()
-        answer = encode_answer(result, request_id=scope["state"]["request_id"])
+        answer = encode_answer(result, request_id=scope["state"]["request_id"], layout=body.layout)
         self._metrics.stage_finished(stage="respond", seconds=time.perf_counter() - scored_at)
         return answer, "degraded" if result.degraded else "ok", len(result.item_ids)
 
