@@ -30,9 +30,15 @@ if TYPE_CHECKING:
 
     from fastapi import FastAPI
 
+    from model.contract.blocks import Blocks
+    from model.contract.record import UserRecord
+    from service.features import EncodedRequest
+    from service.scorer import ScoreResult
     from service.stores.base import OnlineStore
 
 _TIMEOUT_S = 60.0
+_STORE_TIMEOUT_MS = 5000
+_REQUEST_ID = "0" * 32
 # Sends bodies over one connection, one after another, and says how many were answered with 200.
 _CLIENT = """
 import json, socket, sys
@@ -99,7 +105,11 @@ def bench(
         settings = load_settings(bundle=bundle, item_snapshot=items)
         if settings.bundle is None:
             raise click.UsageError("no bundle: give --bundle DIR or set CTR_BUNDLE")
-        store = settings.store.model_copy(update={"data_dir": Path(folder) / "redis"})
+        # Long time-outs: a busy machine makes things late, and CPU time is what is asked for.
+        store = settings.store.model_copy(
+            update={"data_dir": Path(folder) / "redis", "timeout_ms": _STORE_TIMEOUT_MS}
+        )
+        limits = settings.limits.model_copy(update={"timeout_ms": settings.limits.max_timeout_ms})
         lines = [
             json.dumps({**json.loads(line), "layout": layout})
             for line in requests.read_text().splitlines()
@@ -107,7 +117,9 @@ def bench(
         bodies = Path(folder) / "bodies.jsonl"
         bodies.write_text("\n".join(lines))
         with (
-            store_settings(settings.model_copy(update={"store": store})) as complete,
+            store_settings(
+                settings.model_copy(update={"store": store, "limits": limits})
+            ) as complete,
             asyncio.Runner(loop_factory=_loop_factory()) as runner,
         ):
             parts = runner.run(measure(complete, bodies, records=records, rounds=rounds))
@@ -148,8 +160,10 @@ async def measure(
             stdout=subprocess.PIPE,
         )
         os.sched_setaffinity(client.pid, cpus[1:] or cpus)
+        bench = _Bench(app, store, settings, lines, client)
         try:
-            loops = await _loops(app, store, settings, lines, client)
+            await bench.prepare()
+            loops = bench.loops()
             taken: dict[str, list[float]] = {name: [] for name in loops}
             for _ in range(rounds + 1):  # the first warms up
                 for name, loop in loops.items():
@@ -158,6 +172,7 @@ async def measure(
                     seconds = time.process_time() - started_at
                     taken[name].append(seconds * 1e6 / len(lines))
         finally:
+            await bench.close()
             client.kill()
             await client.wait()
     return _parts({name: statistics.median(values[1:]) for name, values in taken.items()})
@@ -174,79 +189,124 @@ def _parts(measured: dict[str, float]) -> dict[str, float]:
     return {**{name: parts[name] for name in PARTS}, "whole": measured["whole"]}
 
 
-# Any: the client is a process, of which typeshed has no public name under this module.
-async def _loops(
-    app: "FastAPI", store: "OnlineStore", settings: Settings, lines: Sequence[bytes], client: Any
-) -> dict[str, Callable[[], Awaitable[None]]]:
-    """By name, what handles every body once."""
-    from model.contract.ids import canonical_id
-    from model.contract.record import UserRecord, unpack_record
-    from service.observe import Metrics
-    from service.wire import encode_answer, parse_body
+class _Bench:
+    """What is measured, ready: bodies with their records, blocks and scores."""
 
-    scorer = app.state.status.require_scorer()
-    state, now = scorer.state, asyncio.get_running_loop().time
-    batcher = state.make_batcher(batch=settings.batch, observer=Metrics())
-    parsed = [parse_body(line, limits=settings.limits) for line in lines]
-    user_ids = [canonical_id(body.request.user_id) or "" for body in parsed]
-    stored = [await store.get(user_id) for user_id in user_ids]
-    data = [record for record in stored if record is not None]
-    records = [None if record is None else unpack_record(record) for record in stored]
-    bare = [r and dataclasses.replace(r, matches={}) for r in records]
+    # Any: the client is a process, of which typeshed has no public name under this module.
+    def __init__(
+        self,
+        app: "FastAPI",
+        store: "OnlineStore",
+        settings: Settings,
+        lines: Sequence[bytes],
+        client: Any,
+    ) -> None:
+        from model.contract.ids import canonical_id
+        from service.observe import Metrics
+        from service.wire import parse_body
 
-    def encode(index: int, of: Sequence[UserRecord | None]) -> Any:  # Any: EncodedRequest
-        request = parsed[index].request
-        return state.features.encode(
+        self._limits, self._lines, self._client, self._store = (
+            settings.limits,
+            lines,
+            client,
+            store,
+        )
+        self._scorer = app.state.status.require_scorer()
+        self._state = self._scorer.state
+        self._batcher = self._state.make_batcher(batch=settings.batch, observer=Metrics())
+        self._parsed = [parse_body(line, limits=settings.limits) for line in lines]
+        self._user_ids = [canonical_id(body.request.user_id) or "" for body in self._parsed]
+        self._data: list[bytes] = []
+        self._records: list[UserRecord | None] = []
+        self._bare: list[UserRecord | None] = []
+        self._blocks: list[Blocks] = []
+        self._results: list[ScoreResult] = []
+
+    async def prepare(self) -> None:
+        """Does every request once."""
+        from model.contract.record import unpack_record
+
+        for index, body in enumerate(self._parsed):
+            data = await self._store.get(self._user_ids[index])
+            record = None if data is None else unpack_record(data)
+            self._data += [] if data is None else [data]
+            self._records.append(record)
+            self._bare.append(record and dataclasses.replace(record, matches={}))
+            self._blocks.append(self._encode(index, self._records).blocks)
+            self._results.append(await self._scorer.score(body.request, deadline=_deadline()))
+
+    def loops(self) -> dict[str, Callable[[], Awaitable[None]]]:
+        """By name, what handles every body once."""
+        from model.contract.record import unpack_record
+        from service.wire import encode_answer, parse_body
+
+        def respond(index: int) -> None:
+            layout = self._parsed[index].layout
+            encode_answer(self._results[index], request_id=_REQUEST_ID, layout=layout)
+
+        def read(index: int) -> None:
+            if index < len(self._data):
+                unpack_record(self._data[index])
+
+        return {
+            "decode": self._all(lambda i: parse_body(self._lines[i], limits=self._limits)),
+            "store": self._each(lambda i: self._store.get(self._user_ids[i])),
+            "record": self._all(read),
+            "encode_all": self._all(lambda i: self._encode(i, self._records)),
+            "encode": self._all(lambda i: self._encode(i, self._bare)),
+            "session": self._all(lambda i: self._state.runtime.run(self._blocks[i])),
+            "submit": self._each(lambda i: self._batcher.submit(self._blocks[i], _deadline())),
+            "respond": self._all(respond),
+            "request": self._each(self._request),
+            "whole": self._whole,
+        }
+
+    async def close(self) -> None:
+        """Stops the batcher."""
+        await self._batcher.close(0)
+
+    def _all(self, work: Callable[[int], object]) -> Callable[[], Awaitable[None]]:
+        async def loop() -> None:
+            for index in range(len(self._lines)):
+                work(index)
+
+        return loop
+
+    def _each(self, work: Callable[[int], Awaitable[object]]) -> Callable[[], Awaitable[None]]:
+        async def loop() -> None:
+            for index in range(len(self._lines)):
+                await work(index)
+
+        return loop
+
+    def _encode(self, index: int, records: "Sequence[UserRecord | None]") -> "EncodedRequest":
+        request = self._parsed[index].request
+        encoded: EncodedRequest = self._state.features.encode(
             user_id=request.user_id,
             time=time.time() if request.time is None else request.time,
             context=request.context,
             user_features=request.user_features,
             candidates=request.candidates,
-            record=of[index],
+            record=records[index],
         )
+        return encoded
 
-    blocks = [encode(index, records).blocks for index in range(len(lines))]
-    results = [await scorer.score(p.request, deadline=now() + _TIMEOUT_S) for p in parsed]
+    async def _request(self, index: int) -> None:
+        from service.wire import encode_answer, parse_body
 
-    def all_of(work: Callable[[int], object]) -> Callable[[], Awaitable[None]]:
-        async def loop() -> None:
-            for index in range(len(lines)):
-                work(index)
+        body = parse_body(self._lines[index], limits=self._limits)
+        result = await self._scorer.score(body.request, deadline=_deadline())
+        encode_answer(result, request_id=_REQUEST_ID, layout=body.layout)
 
-        return loop
+    async def _whole(self) -> None:
+        self._client.stdin.write(b"\n")
+        answered = int(await self._client.stdout.readline())
+        if answered != len(self._lines):
+            raise RuntimeError(f"{answered} of {len(self._lines)} requests were answered with 200")
 
-    def each(work: Callable[[int], Awaitable[object]]) -> Callable[[], Awaitable[None]]:
-        async def loop() -> None:
-            for index in range(len(lines)):
-                await work(index)
 
-        return loop
-
-    async def request(index: int) -> None:
-        body = parse_body(lines[index], limits=settings.limits)
-        result = await scorer.score(body.request, deadline=now() + _TIMEOUT_S)
-        encode_answer(result, request_id="0" * 32, layout=body.layout)
-
-    async def whole() -> None:
-        client.stdin.write(b"\n")
-        answered = int(await client.stdout.readline())
-        if answered != len(lines):
-            raise RuntimeError(f"{answered} of {len(lines)} requests were answered with 200")
-
-    return {
-        "decode": all_of(lambda i: parse_body(lines[i], limits=settings.limits)),
-        "store": each(lambda i: store.get(user_ids[i])),
-        "record": all_of(lambda i: unpack_record(data[i]) if i < len(data) else None),
-        "encode_all": all_of(lambda i: encode(i, records)),
-        "encode": all_of(lambda i: encode(i, bare)),
-        "session": all_of(lambda i: state.runtime.run(blocks[i])),
-        "submit": each(lambda i: batcher.submit(blocks[i], now() + _TIMEOUT_S)),
-        "respond": all_of(
-            lambda i: encode_answer(results[i], request_id="0" * 32, layout=parsed[i].layout)
-        ),
-        "request": each(request),
-        "whole": whole,
-    }
+def _deadline() -> float:
+    return asyncio.get_running_loop().time() + _TIMEOUT_S
 
 
 @asynccontextmanager

@@ -31,6 +31,7 @@ from model.contract.columns import (
 )
 from model.contract.errors import EncodeError
 from model.contract.ids import NO_KEY, canonical_id, hash_id
+from model.contract.matches import MatchPlan, present_matches
 from model.contract.numerics import NumericPlan, moments_of, raw_number, raw_numbers
 from model.contract.recent import RecentColumn, recent_statistics
 from model.contract.spec import (
@@ -107,9 +108,9 @@ class Encoder:
         self._request = self._side(self.request_layout)
         self._candidate = self._side(self.candidate_layout)
         self._candidate_default = self._default_candidate()
-        width = len(self.candidate_layout.matches)
-        mean, std = (array[len(array) - width :] for array in self._candidate.columns)
-        self._match_flags = ((0.0 - mean) / std, (1.0 - mean) / std)
+        mean, std = self._candidate.columns
+        limits = [self._max_age_days[name] for name in self.candidate_layout.matches]
+        self._match_plan = MatchPlan.of(self.candidate_layout, limits, mean=mean, std=std)
         self._time_parts = [
             (j, feature.part)
             for j, name in enumerate(self.request_layout.ids)
@@ -230,15 +231,7 @@ class Encoder:
             last_times: unix seconds [M, N], of no meaning where there is none.
             time: unix seconds of the requests, [N] or one for all.
         """
-        layout = self.candidate_layout
-        first, width = len(layout.numerics), len(layout.matches)
-        present, both = self._present_matches(layout.matches, counts, last_times, time)
-        mean, std = self._candidate.columns
-        columns = slice(first, first + 2 * width)
-        scaled = (np.log1p(both).reshape(2 * width, -1) - mean[columns]) / std[columns]
-        scaled = np.where(present, scaled.reshape(both.shape), 0.0)
-        block.dense[:, columns] = scaled.reshape(2 * width, -1).T
-        block.dense[:, len(mean) - width :] = np.where(present, *self._match_flags).T
+        self._match_plan.write(block.dense, counts, last_times, time)
 
     def transform_matches(
         self, names: Sequence[str], counts: Floats, last_times: Floats, *, time: Floats | float
@@ -248,20 +241,9 @@ class Encoder:
         An entry is missing (NaN) where there is none, where it is later than the request, and where
         it is older than the feature's max_age_days.
         """
-        present, both = self._present_matches(names, counts, last_times, time)
-        return np.where(present, np.log1p(both), np.nan).reshape(2 * len(names), -1)
-
-    def _present_matches(
-        self, names: Sequence[str], counts: Floats, last_times: Floats, time: Floats | float
-    ) -> tuple[npt.NDArray[np.bool_], Floats]:
-        """Which entries are not missing [k, N]; counts and days [2, k, N], 0 where they are."""
-        days = (time - last_times) / SECONDS_PER_DAY
-        present = (counts > 0) & (days >= 0)
         limits = [self._max_age_days[name] for name in names]
-        if min(limits, default=np.inf) < np.inf:
-            present &= days <= np.array(limits)[:, None]
-        both = np.concatenate([counts, days]).reshape(2, *days.shape)
-        return present, np.where(present, both, 0.0)
+        present, both = present_matches(limits, counts, last_times, time)
+        return np.where(present, np.log1p(both), np.nan).reshape(2 * len(names), -1)
 
     def with_recent_statistics(self, columns: Columns, *, time: Floats) -> Columns:
         """The columns, and beside them those of every recent feature whose events are given."""
