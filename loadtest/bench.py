@@ -172,6 +172,7 @@ async def measure(
                     seconds = time.process_time() - started_at
                     taken[name].append(seconds * 1e6 / len(lines))
         finally:
+            os.sched_setaffinity(0, cpus)
             await bench.close()
             client.kill()
             await client.wait()

@@ -67,20 +67,28 @@ class ScriptedServer:
         self._handlers.add(task)
         self.num_connections += 1
         parser = hiredis.Reader()
+        commands: asyncio.Queue[list[bytes]] = asyncio.Queue()
+        # Reads on while it does not reply, as a kernel would.
+        replying = asyncio.create_task(self._reply(commands, writer))
         try:
             while data := await reader.read(65_536):
                 parser.feed(data)
-                commands = []
                 while (command := parser.gets()) is not False:
-                    commands.append(command)
                     self.num_gets += command[0] == b"GET"
-                for command in commands:
-                    await self.may_reply.wait()
-                    writer.write(self.reply(command[1]) if command[0] == b"GET" else b"+OK\r\n")
+                    commands.put_nowait(command)
         except (ConnectionError, asyncio.CancelledError):
             pass
         finally:
+            replying.cancel()
             writer.close()
+
+    async def _reply(
+        self, commands: "asyncio.Queue[list[bytes]]", writer: asyncio.StreamWriter
+    ) -> None:
+        while True:
+            command = await commands.get()
+            await self.may_reply.wait()
+            writer.write(self.reply(command[1]) if command[0] == b"GET" else b"+OK\r\n")
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["ScriptedServer"]:
