@@ -8,6 +8,7 @@ own.
 """
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -47,7 +48,7 @@ from model.contract.spec import (
     TimePart,
     raw_columns,
 )
-from model.contract.times import SECONDS_PER_DAY
+from model.contract.times import time_part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,9 +161,10 @@ class Encoder:
         side.plan.write(dense, values)
         if self._time_parts:
             assert utc_offset is not None
-            local = time + utc_offset
+            # One request's time as a plain number: the same arithmetic without its five arrays.
+            local = time + utc_offset if num_rows != 1 else float(time[0]) + float(utc_offset[0])
             for j, part in self._time_parts:
-                ids[:, j] = FIRST_CODE + _time_part(part, local)
+                ids[:, j] = FIRST_CODE + time_part(part, local)
         return RequestBlock(ids=ids, dense=dense, history=self._histories(columns, time))
 
     def _request_values(self, columns: Columns, time: Floats) -> Floats:
@@ -424,7 +426,9 @@ class Encoder:
     def _utc_offsets(self, time: Floats) -> Floats:
         # Offsets change at whole quarters of an hour only; Python is called once per distinct one.
         if len(time) == 1:
-            return np.array([self._offset(float(np.floor(time[0] / 900.0)) * 900.0)], np.float64)
+            at = float(time[0])
+            quarter = math.floor(at / 900.0) * 900.0 if math.isfinite(at) else at
+            return np.array([self._offset(quarter)], np.float64)
         quarters, inverse = np.unique(np.floor(time / 900.0), return_inverse=True)
         offsets = [self._offset(float(quarter) * 900.0) for quarter in quarters]
         return np.array(offsets, np.float64)[inverse]
@@ -436,10 +440,3 @@ class Encoder:
             raise EncodeError("time", f"{time!r} is not a time in years 1 to 9999") from exc
         assert offset is not None
         return offset.total_seconds()
-
-
-def _time_part(part: str, local: Floats) -> Ids:
-    if part == "hour":
-        return (np.floor(local / 3600.0) % 24).astype(np.int64)
-    # 1970-01-01 was a Thursday; Monday is 0.
-    return ((np.floor(local / SECONDS_PER_DAY) + 3) % 7).astype(np.int64)
