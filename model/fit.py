@@ -111,9 +111,9 @@ def _match_moments(encoder: Encoder, columns: Columns, time: Floats) -> dict[str
         if f"{name}_count" not in columns:
             continue
         raw = [np.asarray(columns[f"{name}_{part}"]) for part in ("count", "last_time")]
-        values = encoder.transform_matches([name], raw[0][:, None], raw[1][:, None], time=time)
+        values = encoder.transform_matches([name], raw[0][None], raw[1][None], time=time)
         for j, part in enumerate(("count", "days")):
-            moments |= _column_moments(values[:, j], value=f"{name}_{part}", flag=f"{name}_missing")
+            moments |= _column_moments(values[j], value=f"{name}_{part}", flag=f"{name}_missing")
     return moments
 
 

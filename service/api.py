@@ -189,7 +189,7 @@ class ScoreEndpoint:
         deadline = head.arrived_at + min(named, default=self._limits.timeout_ms) / 1000
         result = await scorer.score(body.request, deadline=deadline)
         scored_at = time.perf_counter()
-        answer = encode_answer(result, request_id=scope["state"]["request_id"])
+        answer = encode_answer(result, request_id=scope["state"]["request_id"], layout=body.layout)
         self._metrics.stage_finished(stage="respond", seconds=time.perf_counter() - scored_at)
         if time.monotonic() > deadline:
             raise DeadlineExceeded("the deadline passed while the answer was written")
@@ -223,6 +223,28 @@ class ScoreEndpoint:
         return data
 
 
+class ScoringApp(FastAPI):
+    """The framework's app, but `POST /score` goes straight to its endpoint.
+
+    Routing and the framework's middleware would cost as much again as the rest of the exchange.
+    """
+
+    score: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See the class."""
+        score = self.score
+        if (
+            score is not None
+            and scope["type"] == "http"
+            and scope["path"] == "/score"
+            and scope["method"] == "POST"
+        ):
+            await score(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
 class RequestIdMiddleware:
     """Gives every exchange an id: the caller's `x-request-id`, else a new one; and says it back.
 
@@ -254,17 +276,26 @@ class RequestIdMiddleware:
                 headers = [*message.get("headers", ()), (_REQUEST_ID, state["request_id"].encode())]
                 if self._status.is_draining:
                     headers.append((b"connection", b"close"))
-                message = {**message, "headers": headers}
+                message["headers"] = headers
             await send(message)
 
         await self._app(scope, receive, send_with_id)
 
 
-def add_routes(app: FastAPI, status: ServiceStatus, *, limits: LimitSettings, gate: Gate) -> None:
-    """Adds every route and error handler to the app."""
-    app.router.routes.append(
-        Route("/score", ScoreEndpoint(status, limits=limits, gate=gate), methods=["POST"])
-    )
+def add_routes(
+    app: ScoringApp,
+    status: ServiceStatus,
+    *,
+    limits: LimitSettings,
+    gate: Gate,
+    new_id: Callable[[], str],
+) -> None:
+    """Adds every route, error handler and the request ids to the app."""
+    endpoint = ScoreEndpoint(status, limits=limits, gate=gate)
+    app.score = RequestIdMiddleware(endpoint, status=status, new_id=new_id)
+    # For other methods, and where the app is mounted under a path.
+    app.router.routes.append(Route("/score", endpoint, methods=["POST"]))
+    app.add_middleware(RequestIdMiddleware, status=status, new_id=new_id)
 
     @app.get("/healthz", include_in_schema=False)
     async def healthz() -> Response:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-import uuid
+import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from model.contract.blocks import Blocks
 from service.admission import Admission
-from service.api import RequestIdMiddleware, ServiceStatus, add_routes
+from service.api import ScoringApp, ServiceStatus, add_routes
 from service.batcher import MicroBatcher
 from service.errors import StoreError, StoreMisconfigured
 from service.gate import Gate
@@ -78,11 +78,10 @@ def create_app(
             yield
             status.begin_drain()
 
-    app = FastAPI(lifespan=lifespan, redirect_slashes=False)
+    app = ScoringApp(lifespan=lifespan, redirect_slashes=False)
     app.state.status = status
     app.state.gate = gate = _make_gate(status, settings)
-    app.add_middleware(RequestIdMiddleware, status=status, new_id=lambda: uuid.uuid4().hex)
-    add_routes(app, status, limits=settings.limits, gate=gate)
+    add_routes(app, status, limits=settings.limits, gate=gate, new_id=_new_request_id)
     return app
 
 
@@ -121,3 +120,7 @@ async def _check_store(store: OnlineStore) -> None:
     except StoreError as exc:
         # An outage must not keep the fleet from starting: answers are degraded until it ends.
         _log.warning("the online store cannot be reached yet: %s", exc)
+
+
+def _new_request_id() -> str:
+    return os.urandom(16).hex()

@@ -30,6 +30,7 @@ VERBS = {
     "load-records": ("service.verbs:load_records", "Write user records to the online store"),
     "serve": ("service.verbs:serve", "Answer POST /score from a bundle"),
     "score": ("service.verbs:score", "Score one request from a file, without a server"),
+    "bench": ("loadtest.bench:bench", "CPU time of each part of a request, alone"),
 }
 
 EXIT_USAGE = 2

@@ -5,16 +5,18 @@ Pure computation on the event loop: no store, no model, no HTTP.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
 from model.contract.blocks import Blocks, CandidateBlock, RequestBlock
-from model.contract.columns import Column, Columns, Dictionary, Floats, Ragged, numbers
+from model.contract.columns import Column, Columns, Floats, Ragged, compact_ids, numbers
 from model.contract.encode import Encoder
 from model.contract.errors import EncodeError, RecordError
 from model.contract.ids import canonical_id
-from model.contract.record import HistoryEntries, Keys, RecentEntries, UserRecord, look_up
+from model.contract.recent import RecentColumn
+from model.contract.record import HistoryEntries, Keys, RecentEntries, UserRecord, look_up_many
 from model.contract.spec import Feature, History, Match, Recent, raw_columns
 from service.errors import InvalidRequest
 from service.items import ItemTable
@@ -89,7 +91,7 @@ class FeatureSource:
         schema = encoder.schema
         given = [f for f in schema.features if f.source != "log_only"]
         self._context_columns = _columns_of(f for f in given if f.scope == "context")
-        self._recents = {f.name: f for f in given if isinstance(f, Recent)}
+        self._recents = {f.name for f in given if isinstance(f, Recent)}
         # Recent events come from the record only.
         users = [f for f in given if f.scope == "user" and not isinstance(f, Recent)]
         self._user_columns = _columns_of(users)
@@ -134,8 +136,11 @@ class FeatureSource:
         candidate, is_known = self._candidate_block(candidates, record, time, ignored)
         origins: dict[str, str] = {}
         columns: dict[str, Column | Ragged] = {}
+        recents: dict[str, RecentColumn] = {}
         if record is not None:
             self._add_record(columns, record)
+            for name in self._recents & record.recents.keys():
+                recents[name] = _stored_recent(record.recents[name])
         if self._has_user_id:
             name = self._encoder.schema.log.user_id
             columns[name], origins[name] = [user_id], "user_id"
@@ -154,7 +159,7 @@ class FeatureSource:
                     )
                 elif name.removesuffix("_time") not in given:
                     raise InvalidRequest("there are no ids to these times", field=origins[name])
-        request = self._request_block(columns, origins, time)
+        request = self._request_block(columns, recents, origins, time)
         blocks = Blocks(
             request=request,
             candidate=candidate,
@@ -172,15 +177,17 @@ class FeatureSource:
         for name, entries in record.histories.items():
             if name in self._histories and name in self._stored_columns:
                 columns[name] = _stored_history(entries)
-        for name, recent in record.recents.items():
-            if name in self._recents:
-                columns |= _stored_recent(self._recents[name], recent)
 
     def _request_block(
-        self, columns: Columns, origins: Mapping[str, str], time: float
+        self,
+        columns: Columns,
+        recents: Mapping[str, RecentColumn],
+        origins: Mapping[str, str],
+        time: float,
     ) -> RequestBlock:
+        at = np.array([time], np.float64)
         try:
-            return self._encoder.request_block(columns, time=np.array([time], np.float64))
+            return self._encoder.request_block(columns, time=at, recents=recents)
         except EncodeError as exc:
             if exc.feature == "time" and "time" not in columns:
                 raise InvalidRequest(exc.reason, field="time") from exc
@@ -225,7 +232,8 @@ class FeatureSource:
         given: GivenColumn,
         candidates: Candidates,
     ) -> None:
-        columns = {name: _compact(given.values, is_id=name in self._id_columns)}
+        is_id = name in self._id_columns
+        columns = {name: given.values if is_id else _compact(given.values)}
         try:
             if given.rows is None:
                 self._encoder.overwrite_candidates(block, columns)
@@ -237,6 +245,7 @@ class FeatureSource:
         except EncodeError as exc:
             raise _invalid_value(exc, given, candidates) from exc
         if name in self._match_attributes:
+            columns = {name: compact_ids(given.values)}
             given_keys = self._encoder.match_keys(columns, num_rows=len(given.values))
             for j, feature in self._matches:
                 if feature.attribute == name:
@@ -251,12 +260,10 @@ class FeatureSource:
         candidates: Candidates,
         time: float,
     ) -> None:
-        counts = np.full(keys.shape, np.nan)
-        last_times = np.full(keys.shape, np.nan)
+        stored = [] if record is None else [record.matches.get(f.name) for _, f in self._matches]
+        counts, times = look_up_many(stored or [None] * len(self._matches), keys)
+        last_times = times.astype(np.float64)
         for j, feature in self._matches:
-            entries = None if record is None else record.matches.get(feature.name)
-            if entries is not None:
-                counts[:, j], last_times[:, j] = look_up(entries, keys[:, j])
             given_counts = inline.get(feature.count_column)
             given_times = inline.get(feature.last_time_column)
             if given_counts is not None and given_times is not None:
@@ -265,23 +272,23 @@ class FeatureSource:
                     (counts, feature.count_column, given_counts),
                     (last_times, feature.last_time_column, given_times),
                 ):
-                    target[_rows(given), j] = _numbers(name, given, candidates)
+                    target[j, _rows(given)] = _numbers(name, given, candidates)
             elif given_counts is not None or given_times is not None:
                 lone = feature.last_time_column if given_counts is None else feature.count_column
                 raise _lone_match_column(feature, inline[lone], lone, candidates)
-        self._encoder.overwrite_matches(
-            block, counts, last_times, time=np.full(len(block), time, np.float64)
-        )
+        self._encoder.overwrite_matches(block, counts, last_times, time=time)
 
 
 def _columns_of(features: Iterable[Feature]) -> frozenset[str]:
     return frozenset(name for feature in features for name in raw_columns(feature))
 
 
-def _canonical_item_ids(candidates: Candidates) -> Sequence[str]:
+def _canonical_item_ids(candidates: Candidates) -> Sequence[str] | Sequence[int]:
     kinds = set(map(type, candidates.item_ids))
     if kinds == {int}:
-        return list(map(str, candidates.item_ids))
+        return cast("Sequence[int]", candidates.item_ids)
+    if kinds == {str} and "" not in candidates.item_ids:
+        return cast("Sequence[str]", candidates.item_ids)
     item_ids: list[str] = []
     for row, item_id in enumerate(candidates.item_ids):
         try:
@@ -324,29 +331,21 @@ def _stored_history(entries: HistoryEntries) -> Ragged:
     )
 
 
-def _stored_recent(feature: Recent, entries: RecentEntries) -> dict[str, Column | Ragged]:
+def _stored_recent(entries: RecentEntries) -> RecentColumn:
     times = entries.times.astype(np.float64)
     offsets = np.array([0, len(times)], np.int64)
-    names = raw_columns(feature)
-    columns: dict[str, Column | Ragged] = {
-        names[0]: Ragged(values=entries.values, times=times, offsets=offsets)
-    }
-    if feature.context is not None and len(entries.keys):
-        columns[names[2]] = Ragged(values=entries.keys, times=times, offsets=offsets)
-    return columns
+    return RecentColumn(
+        events=Ragged(values=entries.values.astype(np.float64), times=times, offsets=offsets),
+        keys=entries.keys if len(entries.keys) else None,
+    )
 
 
-def _compact(values: Sequence[object], *, is_id: bool) -> Column:
-    """The same column in a form that the encoder need not go through value by value.
+def _compact(values: Sequence[object]) -> Column:
+    """The same numbers as an array, which the encoder need not go through value by value.
 
-    Only for values that cannot be at fault; the others are left to the encoder, which names them.
+    Only if none can be at fault; others are left to the encoder, which names them.
     """
-    kinds = set(map(type, values)) - {type(None)}
-    if is_id and kinds in ({str}, {int}):
-        positions = {value: position for position, value in enumerate(dict.fromkeys(values))}
-        index = np.fromiter(map(positions.__getitem__, values), np.int64, count=len(values))
-        return Dictionary(values=list(positions), index=index)
-    if not is_id and kinds <= {int, float}:
+    if set(map(type, values)) - {type(None)} <= {int, float}:
         try:
             return np.array(values, np.float64)
         except OverflowError:
@@ -360,7 +359,7 @@ def _rows(given: GivenColumn) -> slice | Sequence[int]:
 
 def _numbers(name: str, given: GivenColumn, candidates: Candidates) -> Floats:
     try:
-        return numbers(name, _compact(given.values, is_id=False))
+        return numbers(name, _compact(given.values))
     except EncodeError as exc:
         raise _invalid_value(exc, given, candidates) from exc
 

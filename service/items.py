@@ -83,18 +83,19 @@ class ItemTable:
         """Bytes of the arrays; the index of ids comes on top."""
         return self._ids.nbytes + self._dense.nbytes + self._keys.nbytes
 
-    def take(self, item_ids: Sequence[str]) -> CandidateRows:
+    def take(self, item_ids: Sequence[str] | Sequence[int]) -> CandidateRows:
         """Rows of the items, in the order asked.
 
         An item that is not in the table has defaults, but for what is made from its id alone:
         the feature whose raw column is the item id column, and match keys on that column.
 
         Args:
-            item_ids: Canonical ids, repeats allowed.
+            item_ids: Canonical ids, all of them text or all integers; repeats allowed.
 
         Raises:
             EncodeError: A feature made from the item id cannot be made from this one.
         """
+        item_ids = list(map(str, item_ids))
         num_items, num_rows = len(self._index), len(item_ids)
         rows = np.fromiter(
             map(self._index.get, item_ids, repeat(num_items)), np.intp, count=num_rows

@@ -8,16 +8,17 @@ type: they are called in `finally`. Labels come from closed sets, so a worker ex
 import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Literal, TextIO, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from service.batch_plan import DropReason
 from service.errors import ServiceError, StoreError, error_codes
+from service.histograms import Histogram, Histograms
 from service.run_cost import RunCost
 
 Stage = Literal["parse", "features", "encode", "queue", "run", "respond"]
@@ -86,7 +87,7 @@ class Metrics:
         if outcome not in self._outcomes:
             raise ValueError(f"outcome: got {outcome!r}, expected one of {sorted(self._outcomes)}")
         # Lazily, unlike the other labels: 20 lines for each error that never happens add up.
-        self._request_seconds.labels(outcome).observe(seconds)
+        self._request_seconds.of(outcome).observe(seconds)
         if candidates:
             self._candidates.inc(candidates)
 
@@ -172,40 +173,32 @@ class Metrics:
         self._item_table_rows.set(rows)
 
     def _init_requests(self) -> None:
-        self._request_seconds = Histogram(
+        self._request_seconds = Histograms(
             "scoring_request_seconds",
             "Time from a scoring request to its answer, by what became of it",
-            ["outcome"],
-            buckets=_LATENCY_BUCKETS_S,
+            bounds=_LATENCY_BUCKETS_S,
             registry=self._registry,
+            label="outcome",
+            values=("ok", "degraded"),
         )
-        for outcome in ("ok", "degraded"):
-            self._request_seconds.labels(outcome)
-        stage_seconds = Histogram(
+        stage_seconds = Histograms(
             "scoring_stage_seconds",
             "Time of one stage; queue per request in the batcher, run per model run",
-            ["stage"],
-            buckets=_LATENCY_BUCKETS_S,
+            bounds=_LATENCY_BUCKETS_S,
             registry=self._registry,
+            label="stage",
+            values=get_args(Stage),
         )
-        self._stage_seconds = {stage: stage_seconds.labels(stage) for stage in get_args(Stage)}
+        self._stage_seconds = {stage: stage_seconds.of(stage) for stage in get_args(Stage)}
         self._candidates = self._counter("candidates", "Candidates scored")
         self._degraded = self._counters(
             "degraded", "Requests answered with defaults", "reason", get_args(DegradedReason)
         )
 
     def _init_batches(self) -> None:
-        self._batch_rows = Histogram(
-            "scoring_batch_rows",
-            "Rows of one model run",
-            buckets=_ROWS_BUCKETS,
-            registry=self._registry,
-        )
-        self._batch_requests = Histogram(
-            "scoring_batch_requests",
-            "Requests of one model run",
-            buckets=_REQUESTS_BUCKETS,
-            registry=self._registry,
+        self._batch_rows = self._histogram("batch_rows", "Rows of one model run", _ROWS_BUCKETS)
+        self._batch_requests = self._histogram(
+            "batch_requests", "Requests of one model run", _REQUESTS_BUCKETS
         )
         self._queue_rows = self._gauge("queue_rows", "Rows waiting for a model run")
         self._predicted_wait = self._gauge(
@@ -241,11 +234,8 @@ class Metrics:
         self._ignored_features = self._counter(
             "ignored_features", "Features in requests that the schema does not have"
         )
-        self._record_age_seconds = Histogram(
-            "scoring_record_age_seconds",
-            "Age of the user records used",
-            buckets=_AGE_BUCKETS_S,
-            registry=self._registry,
+        self._record_age_seconds = self._histogram(
+            "record_age_seconds", "Age of the user records used", _AGE_BUCKETS_S
         )
 
     def _init_state(self) -> None:
@@ -257,6 +247,9 @@ class Metrics:
         )
         self._ready = self._gauge("ready", "1 while requests are taken")
         self._item_table_rows = self._gauge("item_table_rows", "Items in the item table")
+
+    def _histogram(self, name: str, text: str, bounds: Sequence[float]) -> Histogram:
+        return Histograms(f"scoring_{name}", text, bounds=bounds, registry=self._registry).single
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"scoring_{name}", text, registry=self._registry)

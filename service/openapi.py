@@ -40,11 +40,12 @@ REQUEST_EXAMPLES: dict[str, _Json] = {
         },
     },
     "columns": {
-        "summary": "The same as columns: smaller and faster for many candidates",
+        "summary": "The same as columns, answered as columns: faster for many candidates",
         "value": {
             "user_id": 1249,
             "request_id": "page-view-7f3a",
             "timeout_ms": 200,
+            "layout": "columns",
             "candidates": {"item_id": [819063, 995242], "display_location": ["5", None]},
         },
     },
@@ -66,6 +67,17 @@ ANSWER_EXAMPLE: _Json = {
             "status": "unknown_item",
         },
     ],
+}
+
+COLUMNS_ANSWER_EXAMPLE: _Json = {
+    **{name: value for name, value in ANSWER_EXAMPLE.items() if name != "items"},
+    "columns": {
+        "item_id": [819063, 995242],
+        "pctr": [0.0312, 0.0127],
+        "pctcvr": [0.0011, 0.0001],
+        "pcvr": [0.0353, 0.0079],
+        "status": ["ok", "unknown_item"],
+    },
 }
 
 _REQUEST: _Json = {
@@ -118,6 +130,11 @@ _REQUEST: _Json = {
             "maxLength": 128,
             "description": "Printable ASCII; wins over the header x-request-id. Made up if absent.",
         },
+        "layout": {
+            "enum": ["rows", "columns", None],
+            "description": "Of the answer: one object per candidate (`items`, the default), or one "
+            "list per name (`columns`), which is cheaper to write, to send and to read.",
+        },
         "timeout_ms": {
             "type": ["integer", "null"],
             "minimum": 1,
@@ -129,9 +146,25 @@ _REQUEST: _Json = {
 
 _PROBABILITY: _Json = {"type": ["number", "null"], "minimum": 0, "maximum": 1}
 
+_STATUS: _Json = {
+    "enum": ["ok", "unknown_item", "non_finite"],
+    "description": "unknown_item: scored with defaults. non_finite: the model gave no number, so "
+    "the probabilities are null.",
+}
+_OUTPUTS: _Json = {
+    "pctr": {**_PROBABILITY, "description": "P(click)"},
+    "pcvr": {**_PROBABILITY, "description": "P(conversion given click)"},
+    "pctcvr": {**_PROBABILITY, "description": "P(click and conversion)"},
+}
+_OTHER_OUTPUTS = (
+    "A bundle with other steps answers with its own output names: p_STEP, and "
+    "p_LAST_given_PREVIOUS."
+)
+
 _ANSWER: _Json = {
     "type": "object",
-    "required": ["request_id", "bundle", "degraded", "user_status", "ignored_features", "items"],
+    "required": ["request_id", "bundle", "degraded", "user_status", "ignored_features"],
+    "oneOf": [{"required": ["items"]}, {"required": ["columns"]}],
     "properties": {
         "request_id": {"type": "string"},
         "bundle": {"type": "string", "description": "Id of the bundle that scored."},
@@ -148,26 +181,27 @@ _ANSWER: _Json = {
         "ignored_features": {"type": "array", "items": {"type": "string"}},
         "items": {
             "type": "array",
-            "description": "One per candidate, in the order asked.",
+            "description": "One per candidate, in the order asked; the layout `rows`.",
             "items": {
                 "type": "object",
                 "required": ["item_id", "status"],
-                "properties": {
-                    "item_id": _ID,
-                    "pctr": {**_PROBABILITY, "description": "P(click)"},
-                    "pcvr": {**_PROBABILITY, "description": "P(conversion given click)"},
-                    "pctcvr": {**_PROBABILITY, "description": "P(click and conversion)"},
-                    "status": {
-                        "enum": ["ok", "unknown_item", "non_finite"],
-                        "description": "unknown_item: scored with defaults. non_finite: the "
-                        "model gave no number, so the probabilities are null.",
-                    },
-                },
-                "additionalProperties": {
-                    **_PROBABILITY,
-                    "description": "A bundle with other steps answers with its own output names: "
-                    "p_STEP, and p_LAST_given_PREVIOUS.",
-                },
+                "properties": {"item_id": _ID, **_OUTPUTS, "status": _STATUS},
+                "additionalProperties": {**_PROBABILITY, "description": _OTHER_OUTPUTS},
+            },
+        },
+        "columns": {
+            "type": "object",
+            "description": "One list per name, all in the order asked; the layout `columns`.",
+            "required": ["item_id", "status"],
+            "properties": {
+                "item_id": {"type": "array", "items": _ID},
+                **{name: {"type": "array", "items": value} for name, value in _OUTPUTS.items()},
+                "status": {"type": "array", "items": _STATUS},
+            },
+            "additionalProperties": {
+                "type": "array",
+                "items": _PROBABILITY,
+                "description": _OTHER_OUTPUTS,
             },
         },
     },
@@ -245,7 +279,13 @@ def _score() -> _Json:
             "200": {
                 "description": "Scored; see `degraded` for what was missing.",
                 "content": {
-                    "application/json": {"schema": _ref("ScoreAnswer"), "example": ANSWER_EXAMPLE}
+                    "application/json": {
+                        "schema": _ref("ScoreAnswer"),
+                        "examples": {
+                            "rows": {"value": ANSWER_EXAMPLE},
+                            "columns": {"value": COLUMNS_ANSWER_EXAMPLE},
+                        },
+                    }
                 },
             },
             "413": _problem("Too many candidates, or too long a body."),

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -148,7 +149,7 @@ class Scorer:
         self._metrics.stage_finished(stage="encode", seconds=time.perf_counter() - looked_up_at)
         user_status = self._judge_user(user, request_time)
         outputs = await self._batcher.submit(encoded.blocks, deadline)
-        is_finite: npt.NDArray[np.bool_] = np.isfinite(np.array(list(outputs.values()))).all(axis=0)
+        is_finite = _finite_rows(outputs)
         self._count(encoded, is_finite)
         return ScoreResult(
             bundle_id=self.state.manifest.bundle_id,
@@ -164,10 +165,13 @@ class Scorer:
     async def _find_user(self, user_id: str, deadline: float) -> _User:
         if not self.state.features.uses_store:
             return _User(None, "ok")
-        now = asyncio.get_running_loop().time()
+        share_s = _STORE_SHARE * (deadline - asyncio.get_running_loop().time())
         try:
-            async with asyncio.timeout_at(now + _STORE_SHARE * (deadline - now)):
+            if share_s >= self._store.max_get_s:  # then a timer of ours would never fire
                 data = await self._store.get(user_id)
+            else:
+                async with asyncio.timeout(share_s):
+                    data = await self._store.get(user_id)
             if data is None:
                 return _User(None, "unknown")
             return _User(unpack_record(data), "ok")
@@ -218,9 +222,18 @@ class Scorer:
         return user.status
 
     def _count(self, encoded: EncodedRequest, is_finite: npt.NDArray[np.bool_]) -> None:
-        self._metrics.unknown_items(int(np.count_nonzero(~encoded.is_known)))
+        num_rows = len(is_finite)
+        self._metrics.unknown_items(num_rows - int(np.count_nonzero(encoded.is_known)))
         self._metrics.ignored_features(len(encoded.ignored))
-        self._metrics.non_finite_outputs(int(np.count_nonzero(~is_finite)))
+        self._metrics.non_finite_outputs(num_rows - int(np.count_nonzero(is_finite)))
+
+
+def _finite_rows(outputs: Outputs) -> npt.NDArray[np.bool_]:
+    arrays = list(outputs.values())
+    # The sum of an array is finite only if all of it is; so are sums of probabilities.
+    if all(math.isfinite(np.add.reduce(array)) for array in arrays):
+        return np.ones(len(arrays[0]), np.bool_)
+    return np.asarray(np.isfinite(np.array(arrays)).all(axis=0), np.bool_)
 
 
 def _canonical_user_id(user_id: Id) -> str:

@@ -75,7 +75,9 @@ def score(
     if settings.bundle is None:
         raise click.UsageError("no bundle: give --bundle DIR or set CTR_BUNDLE")
     logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
-    answer = asyncio.run(_score(settings, settings.bundle, request_file.read(), record))
+    answer = asyncio.run(
+        _score(settings, settings.bundle, request_file.read(), record, as_json=as_json)
+    )
     if as_json:
         click.echo(answer)
     else:
@@ -145,7 +147,9 @@ async def _load_records(
         await store.aclose()
 
 
-async def _score(settings: Settings, bundle: Path, data: bytes, record_path: Path | None) -> bytes:
+async def _score(
+    settings: Settings, bundle: Path, data: bytes, record_path: Path | None, *, as_json: bool
+) -> bytes:
     from service.observe import Metrics
     from service.scorer import Scorer
     from service.state import load_serving_state
@@ -169,7 +173,8 @@ async def _score(settings: Settings, bundle: Path, data: bytes, record_path: Pat
         await batcher.close(0)
         state.runtime.close()
         await store.aclose()
-    return encode_answer(result, request_id=body.request_id or "ctr-score")
+    layout = body.layout if as_json else "rows"  # a table has rows
+    return encode_answer(result, request_id=body.request_id or "ctr-score", layout=layout)
 
 
 def _read_record(path: Path, user_id: object) -> tuple[str, bytes] | None:

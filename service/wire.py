@@ -6,10 +6,12 @@ Knows no HTTP and no schema: whether a feature exists is asked later.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
+import orjson
 
 from model.contract.errors import EncodeError
 from model.contract.times import parse_time
@@ -24,6 +26,10 @@ MAX_REQUEST_ID_LENGTH = 128
 _ENCODER = msgspec.json.Encoder()
 
 
+# One object per candidate, or one list per name.
+Layout = Literal["rows", "columns"]
+
+
 # Any in feature values: the encoder checks each against its feature and names the field.
 class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     user_id: int | str | float
@@ -33,6 +39,7 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     user_features: dict[str, Any] | None = None
     request_id: str | None = None
     timeout_ms: int | None = None
+    layout: Layout | None = None
 
 
 _DECODER = msgspec.json.Decoder(_Body)
@@ -47,11 +54,13 @@ class ParsedBody:
         request: What to score.
         request_id: None if the body names none.
         timeout_ms: None if the body names none.
+        layout: Of the answer.
     """
 
     request: ScoreRequest
     request_id: str | None
     timeout_ms: int | None
+    layout: Layout = "rows"
 
 
 def parse_body(data: bytes | bytearray, *, limits: LimitSettings) -> ParsedBody:
@@ -80,30 +89,62 @@ def parse_body(data: bytes | bytearray, *, limits: LimitSettings) -> ParsedBody:
         ),
         request_id=body.request_id,
         timeout_ms=_checked_timeout_ms(body.timeout_ms, limits),
+        layout=body.layout or "rows",
     )
 
 
-def encode_answer(result: ScoreResult, *, request_id: str) -> bytes:
+def encode_answer(result: ScoreResult, *, request_id: str, layout: Layout = "rows") -> bytes:
     """The answer's JSON. Probabilities that are not finite are null."""
-    names = tuple(result.outputs)
+    is_all_ok = bool(result.is_known.all() and result.is_finite.all())
+    statuses = ["ok"] * len(result.item_ids) if is_all_ok else _statuses(result)
+    if layout == "columns":
+        return _encode_columns(result, request_id, statuses)
     columns: list[list[Any]] = [values.tolist() for values in result.outputs.values()]
-    statuses = ["ok"] * len(result.item_ids)
-    if not (result.is_known.all() and result.is_finite.all()):
-        for row in np.flatnonzero(~result.is_known).tolist():
-            statuses[row] = "unknown_item"
-        for row in np.flatnonzero(~result.is_finite).tolist():
-            statuses[row] = "non_finite"
-            for column in columns:
-                column[row] = None
+    if not is_all_ok:
+        columns = [_with_nulls(column, result.is_finite) for column in columns]
     answer = _Answer(
         request_id=request_id,
         bundle=result.bundle_id,
         degraded=result.degraded,
         user_status=result.user_status,
         ignored_features=result.ignored_features,
-        items=list(map(_item_type(names), result.item_ids, *columns, statuses)),
+        items=list(map(_item_type(tuple(result.outputs)), result.item_ids, *columns, statuses)),
     )
     return _ENCODER.encode(answer)
+
+
+def _encode_columns(result: ScoreResult, request_id: str, statuses: list[str]) -> bytes:
+    is_finite = result.is_finite
+    head = {
+        "request_id": request_id,
+        "bundle": result.bundle_id,
+        "degraded": result.degraded,
+        "user_status": result.user_status,
+        "ignored_features": result.ignored_features,
+    }
+    outputs: dict[str, Any] = dict(result.outputs)  # Any: arrays, or lists with nulls
+    if not is_finite.all():
+        outputs = {k: _with_nulls(v.tolist(), is_finite) for k, v in outputs.items()}
+    columns = {ITEM_ID: result.item_ids, **outputs, "status": statuses}
+    try:
+        # Writes float32 arrays as they are: no Python number per candidate, and half the digits.
+        return orjson.dumps({**head, "columns": columns}, option=orjson.OPT_SERIALIZE_NUMPY)
+    except orjson.JSONEncodeError:  # an item id beyond 64 bits
+        lists = {k: _with_nulls(v.tolist(), is_finite) for k, v in result.outputs.items()}
+        return _ENCODER.encode({**head, "columns": {**columns, **lists}})
+
+
+def _statuses(result: ScoreResult) -> list[str]:
+    statuses = np.where(result.is_known, "ok", "unknown_item")
+    found: list[str] = np.where(result.is_finite, statuses, "non_finite").tolist()
+    return found
+
+
+def _with_nulls(values: list[Any], is_finite: npt.NDArray[np.bool_]) -> list[Any]:
+    # Any: numbers, and None where the candidate has an output that is none.
+    for row in np.flatnonzero(~is_finite).tolist():
+        values[row] = None
+    return values
 
 
 def encode_json(content: object) -> bytes:
@@ -189,10 +230,11 @@ def _candidates(
         return _from_columns(given, limits)
     _check_number(len(given), limits)
     has_objects = isinstance(given[0], dict)
-    for row, entry in enumerate(given):
-        if isinstance(entry, dict) != has_objects:
-            expected = "an object" if has_objects else "an id"
-            raise InvalidRequest(f"expected {expected}, like the first", field=f"candidates[{row}]")
+    kinds = set(map(type, given))
+    if dict in kinds and len(kinds) > 1:
+        row = next(i for i, entry in enumerate(given) if isinstance(entry, dict) != has_objects)
+        expected = "an object" if has_objects else "an id"
+        raise InvalidRequest(f"expected {expected}, like the first", field=f"candidates[{row}]")
     return _from_objects(given) if has_objects else Candidates(item_ids=given)  # type: ignore[arg-type]  # just checked
 
 

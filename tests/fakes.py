@@ -1,6 +1,7 @@
 """Stand-ins for what a test cannot make fail on demand."""
 
 import asyncio
+import math
 from collections.abc import Iterable
 
 from service.errors import StoreError
@@ -12,6 +13,8 @@ class FailingStore:
     def __init__(self, error: StoreError) -> None:
         self.error = error
         self.is_closed = False
+
+    max_get_s = math.inf
 
     async def get(self, user_id: str) -> bytes | None:
         raise self.error
@@ -31,6 +34,8 @@ class SilentStore:
 
     def __init__(self) -> None:
         self.num_abandoned = 0
+
+    max_get_s = math.inf
 
     async def get(self, user_id: str) -> bytes | None:
         try:

@@ -12,7 +12,7 @@ from model.contract.errors import EncodeError
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
-_LARGEST = 1e30  # standardised, it still fits into float32
+LARGEST = 1e30  # standardised, it still fits into float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +48,22 @@ def numbers(name: str, column: Column | Ragged) -> Floats:
     elif isinstance(column, Dictionary | Ragged):
         raise EncodeError(name, "expected a number, got a text or list column")
     else:
-        values = np.array([_number(name, value, row) for row, value in enumerate(column)])
-    too_large = np.abs(values) > _LARGEST
+        values = np.array([number(name, value, row) for row, value in enumerate(column)])
+    too_large = np.abs(values) > LARGEST
     if too_large.any():
         row = int(np.argmax(too_large))
         raise EncodeError(
-            name, f"expected a finite number up to {_LARGEST:g}, got {values[row]:g}", row=row
+            name, f"expected a finite number up to {LARGEST:g}, got {values[row]:g}", row=row
         )
     return values
 
 
-def _number(name: str, value: object, row: int) -> float:
+def number(name: str, value: object, row: int) -> float:
+    """One raw value as a float, NaN where missing; its size is not checked.
+
+    Raises:
+        EncodeError: it is no number.
+    """
     if value is None:
         return np.nan
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
@@ -67,6 +72,20 @@ def _number(name: str, value: object, row: int) -> float:
         return float(value)
     except OverflowError as exc:
         raise EncodeError(name, "the number is too large", row=row) from exc
+
+
+def map_id(name: str, value: object, function: Callable[[object], int]) -> int:
+    """Applies a function to one raw id.
+
+    Raises:
+        EncodeError: the value is no id.
+    """
+    try:
+        return function(value)
+    except TypeError as exc:
+        raise EncodeError(name, str(exc), row=0) from exc
+    except UnicodeEncodeError as exc:
+        raise EncodeError(name, f"{_shorten(value)} is no valid text", row=0) from exc
 
 
 def map_ids(
@@ -99,6 +118,18 @@ def map_ids(
         mapped.append(null)
     codes = np.array(mapped, np.uint64).view(np.int64)
     return codes[column.index] if isinstance(column, Dictionary) else codes
+
+
+def compact_ids(values: Column) -> Column:
+    """A list of ids with each distinct one once, if none of them can be at fault; else as it is.
+
+    Those that can are left to `map_ids`, which names their row.
+    """
+    if not isinstance(values, list) or set(map(type, values)) - {type(None)} not in ({str}, {int}):
+        return values
+    positions = {value: position for position, value in enumerate(dict.fromkeys(values))}
+    index = np.fromiter(map(positions.__getitem__, values), np.int64, count=len(values))
+    return Dictionary(values=list(positions), index=index)
 
 
 def as_ragged(

@@ -7,14 +7,19 @@ columns overwrite it: so an absent column, an unknown user and an unknown item n
 own.
 """
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
+from types import MappingProxyType
 from zoneinfo import ZoneInfo
 
 import numpy as np
 import numpy.typing as npt
 
-from model.contract.blocks import BlockLayout, CandidateBlock, Dense, RequestBlock, layouts
+from model.contract.blocks import BlockLayout, CandidateBlock, RequestBlock, layouts
+from model.contract.codes import IdCodes
 from model.contract.columns import (
     Column,
     Columns,
@@ -27,24 +32,47 @@ from model.contract.columns import (
 )
 from model.contract.errors import EncodeError
 from model.contract.ids import NO_KEY, canonical_id, hash_id
+from model.contract.matches import MatchPlan, present_matches
+from model.contract.numerics import NumericPlan, moments_of, raw_number, raw_numbers
 from model.contract.recent import RecentColumn, recent_statistics
 from model.contract.spec import (
     FIRST_CODE,
     MISSING_CODE,
     PADDING_CODE,
-    UNKNOWN_CODE,
     Categorical,
-    Elapsed,
     FittedSchema,
     Hashed,
     History,
     Match,
-    Numeric,
     Recent,
     TimePart,
     raw_columns,
 )
-from model.contract.times import SECONDS_PER_DAY
+from model.contract.times import time_part
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Side:
+    """One block's layout, and what is looked up once for it.
+
+    Attributes:
+        id_places: column of each id feature that a raw column may set; `numeric_places` likewise,
+            among the layout's numerics.
+        default_ids: int64 [1, F], of a row of which nothing is known.
+        default_raw: float64 [K, 1], likewise: NaN, or the serving value.
+        default_values: those transformed, [K].
+        columns: mean and deviation of all dense columns, float64 [D, 1] each.
+        plan: of all numerics.
+    """
+
+    layout: BlockLayout
+    id_places: Mapping[str, int]
+    numeric_places: Mapping[str, int]
+    default_ids: Ids
+    default_raw: Floats
+    default_values: list[float]
+    columns: tuple[Floats, Floats]
+    plan: NumericPlan
 
 
 class Encoder:
@@ -60,58 +88,99 @@ class Encoder:
         self.request_layout, self.candidate_layout = layouts(self.schema)
         self._features = {feature.name: feature for feature in self.schema.features}
         self._recents = [f for f in self.schema.features if isinstance(f, Recent)]
-        self._vocabularies = {
-            name: {value: FIRST_CODE + i for i, value in enumerate(values)}
-            for name, values in fitted.vocabularies.items()
+        self._fixed = {
+            f.name: f.serving_value  # type: ignore[union-attr]  # log_only features have one
+            for f in self.schema.features
+            if serving and f.source == "log_only"
         }
-        self._fixed = {f.name for f in self.schema.features if serving and f.source == "log_only"}
+        self._codes = {
+            f.name: IdCodes(f, fitted.vocabularies.get(f.name, ()))
+            for f in self.schema.features
+            if isinstance(f, Categorical | Hashed)
+        }
+        self._statistics_start = {
+            f.name: self.request_layout.numerics.index(f.statistics[0]) for f in self._recents
+        }
         self._max_age_days = {
             f.name: f.max_age_days or np.inf for f in self.schema.features if isinstance(f, Match)
         }
         self._time_zone = ZoneInfo(self.schema.time_zone)
-        self._request_moments = _moments(fitted, self.request_layout)
-        self._candidate_moments = _moments(fitted, self.candidate_layout)
-        self._request_default = self._default_row(self.request_layout)
-        self._candidate_default = self._default_row(self.candidate_layout)
+        self._offset = functools.lru_cache(maxsize=64)(self._offset_at)
+        self._request = self._side(self.request_layout)
+        self._candidate = self._side(self.candidate_layout)
+        self._candidate_default = self._default_candidate()
+        mean, std = self._candidate.columns
+        limits = [self._max_age_days[name] for name in self.candidate_layout.matches]
+        self._match_plan = MatchPlan.of(self.candidate_layout, limits, mean=mean, std=std)
+        self._time_parts = [
+            (j, feature.part)
+            for j, name in enumerate(self.request_layout.ids)
+            if isinstance(feature := self._features[name], TimePart)
+        ]
 
     def table_size(self, name: str) -> int:
         """Number of codes of an id feature, its embedding table's rows."""
         feature = self._features[name]
-        if isinstance(feature, Hashed):
-            return FIRST_CODE + feature.num_buckets
         if isinstance(feature, TimePart):
             return FIRST_CODE + feature.num_values
-        return FIRST_CODE + len(self._vocabularies[name])
+        return self._codes[name].table_size
 
-    def request_block(self, columns: Columns, *, time: Floats) -> RequestBlock:
+    def request_block(
+        self,
+        columns: Columns,
+        *,
+        time: Floats,
+        recents: Mapping[str, RecentColumn] = MappingProxyType({}),
+    ) -> RequestBlock:
         """Encodes one row per request.
 
         Args:
             columns: raw columns by raw column name; those of no request feature are ignored.
             time: unix seconds of the requests, float64 [R].
+            recents: events of recent features, by name, that were checked when they were read;
+                in place of their raw columns.
 
         Raises:
             EncodeError: a value does not fit its feature.
         """
-        layout, num_rows = self.request_layout, len(time)
-        columns = self.with_recent_statistics(columns, time=time)
-        ids, dense = _tile(self._request_default, num_rows)
-        self._write(layout, self._request_moments, ids, dense, columns, time)
-        if any(isinstance(self._features[name], TimePart) for name in layout.ids):
-            local = time + self._utc_offsets(time)
-            for j, name in enumerate(layout.ids):
-                feature = self._features[name]
-                if isinstance(feature, TimePart):
-                    ids[:, j] = FIRST_CODE + _time_part(feature.part, local)
-        history = np.zeros((num_rows, layout.history_width), np.int64)
-        start = 0
-        for feature in layout.histories:
-            column = columns.get(feature.name)
-            if column is not None:
-                stop = start + feature.max_length
-                history[:, start:stop] = self._history(feature, column, columns, time)
-            start += feature.max_length
-        return RequestBlock(ids=ids, dense=dense, history=history)
+        side, num_rows = self._request, len(time)
+        found = self._given_recents(columns, recents)
+        utc_offset = self._utc_offsets(time) if self._time_parts or found else None
+        ids = np.repeat(side.default_ids, num_rows, axis=0)
+        self._write_ids(side, ids, columns)
+        values = self._request_values(columns, time)
+        for feature, column in found:
+            assert utc_offset is not None
+            start = self._statistics_start[feature.name]
+            here = self._here(feature, columns, num_rows)
+            statistics = recent_statistics(
+                feature, column, time=time, utc_offset=utc_offset, here=here
+            )
+            values[start : start + len(statistics)] = statistics
+        dense = np.empty((num_rows, len(side.layout.dense_columns)), np.float32)
+        side.plan.write(dense, values)
+        if self._time_parts:
+            assert utc_offset is not None
+            # One request's time as a plain number: the same arithmetic without its five arrays.
+            local = time + utc_offset if num_rows != 1 else float(time[0]) + float(utc_offset[0])
+            for j, part in self._time_parts:
+                ids[:, j] = FIRST_CODE + time_part(part, local)
+        return RequestBlock(ids=ids, dense=dense, history=self._histories(columns, time))
+
+    def _request_values(self, columns: Columns, time: Floats) -> Floats:
+        """Transformed values of all the request's numerics, [K, R]."""
+        side = self._request
+        given = [name for name in columns if name in side.numeric_places]
+        if len(time) == 1:
+            row = side.default_values.copy()
+            raw_row = {side.numeric_places[n]: raw_number(n, columns[n]) for n in given}
+            side.plan.transform_one(raw_row, row, float(time[0]))
+            return np.array(row, np.float64)[:, None]
+        raw = np.repeat(side.default_raw, len(time), axis=1)
+        if given:
+            places = [side.numeric_places[name] for name in given]
+            raw[places] = raw_numbers((name, columns[name]) for name in given)
+        return side.plan.transform(raw, time)
 
     def candidate_block(self, columns: Columns, *, time: Floats) -> CandidateBlock:
         """Encodes one row per candidate; `time` float64 [N] is that of each candidate's request.
@@ -119,11 +188,14 @@ class Encoder:
         Raises:
             EncodeError: a value does not fit its feature.
         """
-        ids, dense = _tile(self._candidate_default, len(time))
-        block = CandidateBlock(ids=ids, dense=dense)
+        default = self._candidate_default
+        block = CandidateBlock(
+            ids=np.repeat(default.ids, len(time), axis=0),
+            dense=np.repeat(default.dense, len(time), axis=0),
+        )
         self.overwrite_candidates(block, columns)
         matches = self.candidate_layout.matches
-        counts, last_times = np.full((2, len(time), len(matches)), np.nan)
+        counts, last_times = np.full((2, len(matches), len(time)), np.nan)
         given = False
         for j, name in enumerate(matches):
             pair = (f"{name}_count", f"{name}_last_time")
@@ -132,62 +204,60 @@ class Encoder:
                 raise EncodeError(present[0], f"{' and '.join(pair)} must be given together")
             if present:
                 given = True
-                counts[:, j], last_times[:, j] = (numbers(c, columns[c]) for c in pair)
+                counts[j], last_times[j] = (numbers(c, columns[c]) for c in pair)
         if given:
             self.overwrite_matches(block, counts, last_times, time=time)
         return block
 
     def overwrite_candidates(self, block: CandidateBlock, columns: Columns) -> None:
         """Writes the given id and numeric features into the block; columns have its length."""
-        self._write(
-            self.candidate_layout, self._candidate_moments, block.ids, block.dense, columns, None
-        )
+        side = self._candidate
+        self._write_ids(side, block.ids, columns)
+        places, values = self.transform_numerics(side.layout, columns, time=None)
+        if places:
+            side.plan.select(places).write(block.dense, values.T)
 
     def overwrite_matches(
-        self, block: CandidateBlock, counts: Floats, last_times: Floats, *, time: Floats
+        self,
+        block: CandidateBlock,
+        counts: Floats,
+        last_times: Floats,
+        *,
+        time: Floats | float,
     ) -> None:
-        """Writes every match feature: counts and last times [N, M] (NaN for none), time [N]."""
-        layout = self.candidate_layout
-        first, width = len(layout.numerics), len(layout.matches)
-        values = self.transform_matches(layout.matches, counts, last_times, time=time)
-        mean, std = self._candidate_moments
-        columns = slice(first, first + 2 * width)
-        flags = slice(len(mean) - width, len(mean))
-        missing = np.isnan(values[:, :width])
-        block.dense[:, columns] = np.nan_to_num((values - mean[columns]) / std[columns], nan=0.0)
-        block.dense[:, flags] = (missing - mean[flags]) / std[flags]
+        """Writes every match feature.
+
+        Args:
+            block: N candidates.
+            counts: [M, N], NaN or 0 for none.
+            last_times: unix seconds [M, N], of no meaning where there is none.
+            time: unix seconds of the requests, [N] or one for all.
+        """
+        self._match_plan.write(block.dense, counts, last_times, time)
 
     def transform_matches(
-        self, names: Sequence[str], counts: Floats, last_times: Floats, *, time: Floats
+        self, names: Sequence[str], counts: Floats, last_times: Floats, *, time: Floats | float
     ) -> Floats:
-        """log1p of counts and of days since of k match features, [N, 2k], before standardising.
+        """log1p of counts and of days since of k match features, [2k, N], before standardising.
 
         An entry is missing (NaN) where there is none, where it is later than the request, and where
         it is older than the feature's max_age_days.
         """
-        days = (time[:, None] - last_times) / SECONDS_PER_DAY
-        limits = np.array([self._max_age_days[name] for name in names])
-        with np.errstate(invalid="ignore"):
-            present = (counts > 0) & (days >= 0) & (days <= limits)
-        both = np.concatenate([counts, days], axis=1)
-        return np.log1p(np.where(np.concatenate([present, present], axis=1), both, np.nan))
+        limits = [self._max_age_days[name] for name in names]
+        present, both = present_matches(limits, counts, last_times, time)
+        return np.where(present, np.log1p(both), np.nan).reshape(2 * len(names), -1)
 
     def with_recent_statistics(self, columns: Columns, *, time: Floats) -> Columns:
         """The columns, and beside them those of every recent feature whose events are given."""
         made: dict[str, Column | Ragged] = dict(columns)
-        given = [feature for feature in self._recents if columns.get(feature.name) is not None]
+        given = self._given_recents(columns, {})
         utc_offset = self._utc_offsets(time) if given else np.empty(0, np.float64)
-        for feature in given:
-            here = None
-            if feature.context is not None:
-                here = self._hashes(feature.context, columns.get(feature.context), len(time))
-            made |= recent_statistics(
-                feature,
-                self._recent_column(feature, columns),
-                time=time,
-                utc_offset=utc_offset,
-                here=here,
+        for feature, column in given:
+            here = self._here(feature, columns, len(time))
+            statistics = recent_statistics(
+                feature, column, time=time, utc_offset=utc_offset, here=here
             )
+            made |= dict(zip(feature.statistics, statistics, strict=True))
         return made
 
     def transform_numerics(
@@ -198,21 +268,13 @@ class Encoder:
         Returns:
             Positions of the features in `layout.numerics`, and the values [n, k].
         """
-        given: list[int] = []
-        values: list[Floats] = []
-        for j, name in enumerate(layout.numerics):
-            column = self._column(name, columns)
-            if column is None:
-                continue
-            given.append(j)
-            if name in self._features:
-                values.append(self._transform_numeric(name, numbers(name, column), time))
-            else:  # a statistic of a recent feature is ready as it is
-                values.append(np.asarray(column, np.float64))
+        side = self._request if layout is self.request_layout else self._candidate
+        given = [name for name in columns if name in side.numeric_places]
         if not given:
-            return given, np.empty((0, 0), np.float64)
-        # Several times faster than stack for one row of many columns.
-        return given, np.concatenate(values).reshape(len(values), -1).T
+            return [], np.empty((0, 0), np.float64)
+        places = [side.numeric_places[name] for name in given]
+        raw = raw_numbers((name, columns[name]) for name in given)
+        return places, side.plan.select(places).transform(raw, time).T
 
     def match_keys(self, columns: Columns, *, num_rows: int) -> npt.NDArray[np.uint64]:
         """Key hash of each candidate's attribute for every match feature, uint64 [N, M]."""
@@ -228,6 +290,22 @@ class Encoder:
                 hashes[attribute] = self._hashes(attribute, column, num_rows)
             keys[:, j] = hashes[attribute]
         return keys
+
+    def _given_recents(
+        self, columns: Columns, recents: Mapping[str, RecentColumn]
+    ) -> list[tuple[Recent, RecentColumn]]:
+        return [
+            (f, recents[f.name] if f.name in recents else self._recent_column(f, columns))
+            for f in self._recents
+            if f.name in recents or columns.get(f.name) is not None
+        ]
+
+    def _here(
+        self, feature: Recent, columns: Columns, num_rows: int
+    ) -> npt.NDArray[np.uint64] | None:
+        if feature.context is None:
+            return None
+        return self._hashes(feature.context, columns.get(feature.context), num_rows)
 
     def _recent_column(self, feature: Recent, columns: Columns) -> RecentColumn:
         name, time_name, *context_name = raw_columns(feature)
@@ -267,68 +345,64 @@ class Encoder:
 
     def encode_ids(self, name: str, column: Column | Ragged) -> Ids:
         """Codes of one categorical or hashed feature, int64 [n]."""
-        feature = self._features[name]
-        if isinstance(feature, Hashed):
-            buckets, default = feature.num_buckets, canonical_id(feature.default)
+        return self._codes[name].many(column)
 
-            def code(value: object) -> int:
-                canonical = canonical_id(value) or default
-                if canonical is None:
-                    return MISSING_CODE
-                return FIRST_CODE + hash_id(canonical) % buckets
+    def _write_ids(self, side: "_Side", ids: Ids, columns: Columns) -> None:
+        for name, column in columns.items():
+            j = side.id_places.get(name)
+            if j is None:
+                continue
+            if len(ids) == 1 and isinstance(column, list):
+                ids[0, j] = self._codes[name].one(column[0])
+            else:
+                ids[:, j] = self.encode_ids(name, column)
 
-        else:
-            assert isinstance(feature, Categorical)
-            vocabulary, default = self._vocabularies[name], canonical_id(feature.default)
+    def _side(self, layout: BlockLayout) -> "_Side":
+        mean, std = moments_of(self.fitted, layout)
+        ids = [
+            self._codes[name].code(self._fixed.get(name)) if name in self._codes else MISSING_CODE
+            for name in layout.ids
+        ]
+        raw = [np.nan if (v := self._fixed.get(name)) is None else v for name in layout.numerics]
+        default_raw = np.array(raw, np.float64)[:, None]
+        plan = NumericPlan.of(layout, features=self._features, mean=mean, std=std)
+        return _Side(
+            layout=layout,
+            id_places={
+                name: j
+                for j, name in enumerate(layout.ids)
+                if name in self._codes and name not in self._fixed
+            },
+            numeric_places={
+                name: j for j, name in enumerate(layout.numerics) if name not in self._fixed
+            },
+            default_ids=np.array([ids], np.int64),
+            default_raw=default_raw,
+            default_values=plan.transform(default_raw, None)[:, 0].tolist(),
+            columns=(mean[:, None], std[:, None]),
+            plan=plan,
+        )
 
-            def code(value: object) -> int:
-                canonical = canonical_id(value) or default
-                if canonical is None:
-                    return MISSING_CODE
-                return vocabulary.get(canonical, UNKNOWN_CODE)
+    def _default_candidate(self) -> CandidateBlock:
+        side = self._candidate
+        mean, std = side.columns
+        dense = np.zeros((1, len(mean)), np.float32)
+        flags = slice(len(side.layout.value_columns), None)
+        dense[:, flags] = ((1.0 - mean[flags]) / std[flags]).T
+        side.plan.write(dense, np.array(side.default_values, np.float64)[:, None])
+        return CandidateBlock(ids=side.default_ids, dense=dense)
 
-        return map_ids(name, column, code, null=code(None))
-
-    def _write(
-        self,
-        layout: BlockLayout,
-        moments: tuple[Floats, Floats],
-        ids: Ids,
-        dense: Dense,
-        columns: Columns,
-        time: Floats | None,
-    ) -> None:
-        for j, name in enumerate(layout.ids):
-            if not isinstance(self._features[name], TimePart):
-                column = self._column(name, columns)
-                if column is not None:
-                    ids[:, j] = self.encode_ids(name, column)
-        given, values = self.transform_numerics(layout, columns, time=time)
-        if given:
-            mean, std = moments
-            missing = np.isnan(values)
-            places = np.array(given, np.int64)
-            dense[:, places] = np.where(missing, 0.0, (values - mean[places]) / std[places])
-            flags = places + len(layout.value_columns)
-            dense[:, flags] = (missing - mean[flags]) / std[flags]
-
-    def _column(self, name: str, columns: Columns) -> Column | Ragged | None:
-        # A fixed feature keeps the value that the default row was made with.
-        return None if name in self._fixed else columns.get(name)
-
-    def _transform_numeric(self, name: str, raw: Floats, time: Floats | None) -> Floats:
-        feature = self._features[name]
-        if isinstance(feature, Elapsed):
-            if time is None:
-                return np.full(len(raw), np.nan)
-            days = (time - raw) / SECONDS_PER_DAY
-            with np.errstate(invalid="ignore"):
-                return np.log1p(np.where(days >= 0, days, np.nan))
-        assert isinstance(feature, Numeric)
-        if feature.default is not None:
-            raw = np.where(np.isnan(raw), feature.default, raw)
-        raw = np.clip(raw, feature.minimum, feature.maximum)
-        return np.log1p(raw) if feature.log1p else raw
+    def _histories(self, columns: Columns, time: Floats) -> Ids:
+        layout = self.request_layout
+        history = np.zeros((len(time), layout.history_width), np.int64)
+        start = 0
+        for feature in layout.histories:
+            column = columns.get(feature.name)
+            if column is not None:
+                stop = start + feature.max_length
+                history[:, start:stop] = self._history(feature, column, columns, time)
+            start += feature.max_length
+        return history
 
     def _history(
         self, feature: History, column: Column | Ragged, columns: Columns, time: Floats
@@ -349,55 +423,20 @@ class Encoder:
         encoded[row[fits], place[fits]] = codes[fits]
         return encoded
 
-    def _default_row(self, layout: BlockLayout) -> tuple[Ids, Dense]:
-        ids = np.full((1, len(layout.ids)), MISSING_CODE, np.int64)
-        mean, std = moments = _moments(self.fitted, layout)
-        dense = np.zeros((1, len(layout.dense_columns)), np.float32)
-        flags = slice(len(layout.value_columns), None)
-        dense[:, flags] = (1.0 - mean[flags]) / std[flags]
-        columns: dict[str, Column] = {}
-        for name in (*layout.ids, *layout.numerics):
-            value = getattr(self._features.get(name), "default", None)
-            if name in self._fixed:
-                value = self._features[name].serving_value  # type: ignore[union-attr]  # log_only features have one
-            if value is not None:
-                columns[name] = [value]
-        fixed, self._fixed = self._fixed, set()
-        self._write(layout, moments, ids, dense, columns, None)
-        self._fixed = fixed
-        return ids, dense
-
     def _utc_offsets(self, time: Floats) -> Floats:
         # Offsets change at whole quarters of an hour only; Python is called once per distinct one.
         if len(time) == 1:
-            return np.array([self._offset(float(np.floor(time[0] / 900.0)) * 900.0)], np.float64)
+            at = float(time[0])
+            quarter = math.floor(at / 900.0) * 900.0 if math.isfinite(at) else at
+            return np.array([self._offset(quarter)], np.float64)
         quarters, inverse = np.unique(np.floor(time / 900.0), return_inverse=True)
         offsets = [self._offset(float(quarter) * 900.0) for quarter in quarters]
         return np.array(offsets, np.float64)[inverse]
 
-    def _offset(self, time: float) -> float:
+    def _offset_at(self, time: float) -> float:
         try:
             offset = datetime.fromtimestamp(time, self._time_zone).utcoffset()
         except (OverflowError, ValueError, OSError) as exc:
             raise EncodeError("time", f"{time!r} is not a time in years 1 to 9999") from exc
         assert offset is not None
         return offset.total_seconds()
-
-
-def _time_part(part: str, local: Floats) -> Ids:
-    if part == "hour":
-        return (np.floor(local / 3600.0) % 24).astype(np.int64)
-    # 1970-01-01 was a Thursday; Monday is 0.
-    return ((np.floor(local / SECONDS_PER_DAY) + 3) % 7).astype(np.int64)
-
-
-def _moments(fitted: FittedSchema, layout: BlockLayout) -> tuple[Floats, Floats]:
-    found = [fitted.moments.get(name) for name in layout.dense_columns]
-    mean = np.array([0.0 if m is None else m.mean for m in found], np.float64)
-    std = np.array([1.0 if m is None else m.std for m in found], np.float64)
-    return mean, std
-
-
-def _tile(row: tuple[Ids, Dense], num_rows: int) -> tuple[Ids, Dense]:
-    ids, dense = row
-    return np.repeat(ids, num_rows, axis=0), np.repeat(dense, num_rows, axis=0)

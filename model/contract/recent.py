@@ -1,5 +1,6 @@
 """Numbers about a user's newest events as of a request, for `Recent` features."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,8 +46,8 @@ class RecentColumn:
 
 def recent_statistics(
     feature: Recent, column: RecentColumn, *, time: Floats, utc_offset: Floats, here: Keys | None
-) -> dict[str, Floats]:
-    """The feature's statistics by name, float64 [R] each, NaN where there is nothing to tell.
+) -> Floats:
+    """`feature.statistics` in order, float64 [S, R], NaN where there is nothing to tell.
 
     Counts and days are log1p'd, means are of log1p of the values. A mean of the events at this
     hour, on this weekday or here is shrunk to that of all the user's events. Where no event is
@@ -59,6 +60,10 @@ def recent_statistics(
         utc_offset: seconds [R] to add for local time, to the events' times as well.
         here: key of each request's context value [R]; None without a context.
     """
+    if len(time) == 1:
+        key = None if here is None else here[0]
+        one = _statistics_of_one(feature, column, float(time[0]), float(utc_offset[0]), key)
+        return one[:, None]
     if len(time) <= CHUNK_REQUESTS:
         return _statistics(feature, column, time, utc_offset, here)
     chunks = []
@@ -67,12 +72,12 @@ def recent_statistics(
         there = None if here is None else here[start:stop]
         part = column.part(start, stop)
         chunks.append(_statistics(feature, part, time[start:stop], utc_offset[start:stop], there))
-    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    return np.concatenate(chunks, axis=1)
 
 
 def _statistics(
     feature: Recent, column: RecentColumn, time: Floats, utc_offset: Floats, here: Keys | None
-) -> dict[str, Floats]:
+) -> Floats:
     seen = _Seen.of(column, time, max_length=feature.max_length)
     local = time + utc_offset
     event_local = seen.times + utc_offset[seen.row]
@@ -99,7 +104,78 @@ def _statistics(
     )
     for (count_name, mean_name), count, mean in zip(names, counts, means, strict=True):
         parts[count_name], parts[mean_name] = count, mean
-    return {f"{feature.name}_{name}": values for name, values in parts.items()}
+    return np.stack([parts[name.removeprefix(f"{feature.name}_")] for name in feature.statistics])
+
+
+def _statistics_of_one(
+    feature: Recent,
+    column: RecentColumn,
+    time: float,
+    utc_offset: float,
+    here: np.uint64 | None,
+) -> Floats:
+    """`_statistics` of one request [S], bit for bit, with a fifth of its steps."""
+    times, values, keys = column.events.times, np.asarray(column.events.values), column.keys
+    if len(times) and (times[0] > time or len(times) > feature.max_length):
+        start = int(np.count_nonzero(times > time))  # newest first, so these come first
+        kept = slice(start, start + feature.max_length)
+        times, values, keys = times[kept], values[kept], None if keys is None else keys[kept]
+    if not len(times):
+        return np.full(len(feature.statistics), np.nan)
+    log_values = np.log1p(values)
+    age_days = (time - times) / SECONDS_PER_DAY
+    is_alike = _alike(feature, times, keys, time + utc_offset, utc_offset, here)
+    alike = is_alike.astype(np.float64)
+    # Sums run from the newest event to the oldest, as those of many requests do.
+    sums = np.add.accumulate(log_values)
+    alike_totals = np.add.accumulate(alike * log_values, axis=1)[:, -1].tolist()
+    within = age_days.searchsorted(feature.windows_days, "right").tolist()
+    numbers = [*within, *np.add.reduce(alike, axis=1).tolist()]
+    # From here on these are too few numbers to be worth an array.
+    prior = PRIOR_EVENTS * (float(sums[-1]) / len(times))
+    means = [float(sums[n - 1]) / n if n else np.nan for n in within]
+    means += [
+        (total + prior) / (number + PRIOR_EVENTS)
+        for total, number in zip(alike_totals, numbers[len(within) :], strict=True)
+    ]
+    days = [float(age_days[1]) - float(age_days[0]) if len(times) > 1 else np.nan]
+    if feature.large is not None:
+        days.append(_first(age_days, values >= np.float32(feature.large)))
+    if feature.context is not None:
+        days.append(_first(age_days, is_alike[2]))
+    logs = np.log1p(np.array([*numbers, *days], np.float64)).tolist()
+    pairs = [value for pair in zip(logs, means, strict=False) for value in pair]
+    first, second = 2 * len(within), 2 * len(within) + 4
+    gap, *others = logs[len(numbers) :]
+    parts = [*pairs[:first], float(log_values[0]), gap, *pairs[first:second]]
+    if feature.large is not None:
+        parts.append(others.pop(0))
+    return np.array([*parts, *pairs[second:], *others], np.float64)
+
+
+def _alike(
+    feature: Recent,
+    times: Floats,
+    keys: Keys | None,
+    local: float,
+    utc_offset: float,
+    here: np.uint64 | None,
+) -> Mask:
+    """Events at the request's hour, on its weekday and, with a context, here: [2 or 3, n]."""
+    event_local = times + utc_offset
+    alike = np.zeros((2 if feature.context is None else 3, len(times)), np.bool_)
+    hour = np.abs(_clock(event_local) - (local / 3600.0) % 24.0)
+    np.less_equal(np.minimum(hour, 24.0 - hour), NEAR_HOURS, out=alike[0])
+    np.equal(_weekday(event_local), math.floor(local / SECONDS_PER_DAY) % 7, out=alike[1])
+    if len(alike) > 2 and keys is not None and here is not None and here != NO_KEY:
+        np.equal(keys, here, out=alike[2])
+    return alike
+
+
+def _first(age_days: Floats, mask: Mask) -> float:
+    """Age of the newest of those events, NaN where there is none."""
+    place = int(mask.argmax())
+    return float(age_days[place]) if mask[place] else np.nan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,8 @@ Raw, never encoded: every bundle can read it, so that a swap, a canary and a rol
 store. A field that is absent is missing; a field that the schema does not know is ignored.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -110,6 +111,9 @@ class _WireVersion(msgspec.Struct):
     record_version: int
 
 
+_END = np.array([NO_KEY], np.uint64)
+_NO_TIME = np.zeros(1, np.int64)
+
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(_WireRecord)
 _VERSION_DECODER = msgspec.msgpack.Decoder(_WireVersion)
@@ -162,20 +166,26 @@ def unpack_record(data: bytes) -> UserRecord:
         RecordError: not such a record, of another version, or its arrays do not fit each other.
     """
     try:
-        version = _VERSION_DECODER.decode(data).record_version
+        try:
+            wire = _DECODER.decode(data)
+            version = wire.record_version
+        except msgspec.ValidationError:
+            # A record of another version may look otherwise, and its version says more.
+            version = _VERSION_DECODER.decode(data).record_version
+            if version == RECORD_VERSION:
+                raise
         if version != RECORD_VERSION:
             raise RecordError(
                 f"record_version {version} is not known, expected {RECORD_VERSION}",
                 where="record_version",
             )
-        wire = _DECODER.decode(data)
     except msgspec.MsgspecError as exc:
         raise RecordError(f"not a user record: {exc}", where="record") from exc
     except UnicodeDecodeError as exc:
         raise RecordError("not a user record: text is not UTF-8", where="record") from exc
     except RecursionError as exc:
         raise RecordError("not a user record: nested too deeply", where="record") from exc
-    if not np.isfinite(wire.updated_at):
+    if not math.isfinite(wire.updated_at):
         raise RecordError("updated_at is not a finite number", where="updated_at")
     try:
         matches = {
@@ -230,6 +240,37 @@ def look_up(
     return counts, times
 
 
+def look_up_many(
+    entries: Sequence[MatchEntries | None], keys: Keys
+) -> tuple[npt.NDArray[np.float64], Times]:
+    """`look_up` of m attributes at once, of keys [n, m].
+
+    The entries are put one after another, so that all but the search is done once.
+
+    Returns:
+        Counts [m, n], 0 where there is none, and last times [m, n], of no meaning there.
+    """
+    wanted = np.ascontiguousarray(keys.T)
+    position = np.zeros(wanted.shape, np.intp)
+    present = []
+    start = 0
+    for j, entry in enumerate(entries):
+        if entry is not None and len(entry.keys):
+            # A place past the end is one of _END, which no key that counts is equal to.
+            np.add(entry.keys.searchsorted(wanted[j]), start, out=position[j])
+            present.append(entry)
+            start += len(entry.keys) + 1
+        else:
+            wanted[j] = NO_KEY
+    if not present:
+        return np.zeros(wanted.shape, np.float64), np.zeros(wanted.shape, np.int64)
+    stored = np.concatenate([part for e in present for part in (e.keys, _END)])
+    counts = np.concatenate([part for e in present for part in (e.counts, _END)])
+    times = np.concatenate([part for e in present for part in (e.last_times, _NO_TIME)])
+    is_there = (stored.take(position) == wanted) & (wanted != NO_KEY)
+    return np.where(is_there, counts.take(position), 0.0), times.take(position)
+
+
 def _check(record: UserRecord) -> None:
     for name, entries in record.matches.items():
         _check_match(name, entries)
@@ -246,12 +287,15 @@ def _check_recent(name: str, entries: RecentEntries) -> None:
         len(entries.times),
     ):
         raise RecordError(f"recent {name!r}: the arrays differ in length", where=name)
-    if not np.isfinite(entries.values).all() or (entries.values < 0).any():
+    # The least and the largest, as NaN is neither above 0 nor below infinity.
+    if len(entries.values) and not (entries.values.min() >= 0 and entries.values.max() < np.inf):
         raise RecordError(f"recent {name!r}: a value is no number of 0 or more", where=name)
+    if (entries.times[1:] > entries.times[:-1]).any():
+        raise RecordError(f"recent {name!r}: the newest event is not the first", where=name)
 
 
 def _check_match(name: str, entries: MatchEntries) -> None:
     if not len(entries.keys) == len(entries.counts) == len(entries.last_times):
         raise RecordError(f"match {name!r}: the three arrays differ in length", where=name)
-    if np.any(entries.keys[1:] <= entries.keys[:-1]):
+    if (entries.keys[1:] <= entries.keys[:-1]).any():
         raise RecordError(f"match {name!r}: keys are not strictly ascending", where=name)

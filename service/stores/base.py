@@ -11,6 +11,11 @@ class OnlineStore(Protocol):
     a misuse), and `StoreUnavailable` once the store is closed.
     """
 
+    @property
+    def max_get_s(self) -> float:
+        """Most seconds that one `get` takes; infinite if nothing of its own ends it."""
+        ...
+
     async def get(self, user_id: str) -> bytes | None:
         """Fetches one record.
 

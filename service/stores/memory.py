@@ -35,6 +35,11 @@ class MemoryStore:
         del url, settings
         return cls(clock=clock)
 
+    @property
+    def max_get_s(self) -> float:
+        """See `OnlineStore.max_get_s`: it waits for nothing."""
+        return 0.0
+
     async def get(self, user_id: str) -> bytes | None:
         """See `OnlineStore.get`."""
         self._require_open()

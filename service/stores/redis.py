@@ -1,18 +1,20 @@
 """Online store in one Redis server (not a Cluster); the only module that knows redis-py.
 
-A request makes one GET, as a task of its own. Whoever waits for it may be cancelled or run out of
-time; the task then finishes alone and its reply is dropped. Cancelling it inside redis-py instead
-could leave a reply on the connection for the next caller to read (redis-py issue 2624), and
-would give up connections that only needed a little longer to open.
+redis-py opens connections (TLS, password, database) and writes records in bulk. Look-ups go over
+one such connection by a protocol of our own, `Pipe`: a third of the cost, and concurrent ones share
+round trips. Whoever waits may be cancelled or run out of time; its reply is then dropped when it
+comes. Cancelling a command inside redis-py could leave its reply on the connection for the next
+caller to read (redis-py issue 2624).
 """
 
 import asyncio
 import logging
-import ssl
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Self, cast
 
+import hiredis
 import redis.asyncio
 import redis.asyncio.connection
 import redis.exceptions
@@ -28,6 +30,8 @@ from service.errors import (
 )
 from service.stores.base import check_ttl
 from service.stores.breaker import CircuitBreaker, Permit
+from service.stores.pipe import Pipe
+from service.stores.redis_errors import reply_error, translate
 
 if TYPE_CHECKING:
     from service.settings import StoreSettings
@@ -42,45 +46,75 @@ _PIPELINE_TIMEOUT_S = 2.0
 
 _URL_OPTIONS = frozenset({"db", "host", "port", "path", "username", "password"})
 
-# First row that fits wins. redis-py derives its authentication, pool and loading errors from its
-# ConnectionError, and wraps errors of the handshake on a unix socket into a bare one, so a row is
-# compared with the whole chain of causes before the next row is looked at.
-_TRANSLATIONS: tuple[tuple[tuple[type[BaseException], ...], type[StoreError]], ...] = (
-    (
-        (
-            redis.exceptions.AuthenticationError,
-            redis.exceptions.AuthorizationError,
-            redis.exceptions.AuthenticationWrongNumberOfArgsError,
-            redis.exceptions.ExternalAuthProviderError,
-            redis.exceptions.NoPermissionError,
-            ssl.SSLCertVerificationError,
-            PermissionError,
-        ),
-        StoreMisconfigured,
-    ),
-    (
-        (
-            redis.exceptions.BusyLoadingError,
-            redis.exceptions.MaxConnectionsError,
-            redis.exceptions.MasterDownError,
-            redis.exceptions.ClusterDownError,
-            redis.exceptions.TryAgainError,
-            redis.exceptions.OutOfMemoryError,
-        ),
-        StoreUnavailable,
-    ),
-    # Any other error reply: wrong database, wrong type, MOVED, read-only replica, no Redis at all.
-    ((redis.exceptions.ResponseError, redis.exceptions.InvalidResponse), StoreMisconfigured),
-    ((redis.exceptions.TimeoutError, TimeoutError), StoreTimeout),
-    ((redis.exceptions.RedisError, OSError), StoreUnavailable),
-)
+
+class _Lookup:
+    """One GET under way: the caller's future, and the breaker's permit."""
+
+    __slots__ = ("_is_extended", "_store", "deadline", "future", "permit", "sent_at")
+
+    def __init__(
+        self, store: "RedisStore", permit: Permit, deadline: float, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self._store = store
+        self._is_extended = False
+        self.permit = permit
+        self.deadline = deadline
+        self.sent_at = 0.0
+        self.future: asyncio.Future[bytes | None] = loop.create_future()
+
+    def reply(self, value: object) -> None:
+        """See `Command`."""
+        self._store._free_slot()
+        error = reply_error(value) if isinstance(value, hiredis.ReplyError) else None
+        if error is None or isinstance(error, RecordCorrupt):
+            self.permit.succeed()  # An answer about one key says nothing against the server.
+        else:
+            self.permit.fail()
+        if self.future.done():
+            return
+        if error is None:
+            self.future.set_result(cast("bytes | None", value))
+        else:
+            self.future.set_exception(error)
+
+    def lose(self, error: Exception, *, was_proven: bool) -> None:
+        """See `Command`."""
+        self._store._free_slot()
+        if self.future.done():
+            self.permit.release()
+        elif was_proven and not isinstance(error, TimeoutError) and not self._store.is_closed:
+            self.future.set_exception(_IdleLossError())
+        else:
+            self.permit.fail()
+            self.future.set_exception(translate(error))
+
+    def expire(self, now: float) -> float | None:
+        """See `Command`."""
+        if self.future.done():
+            return None
+        # If this process was late itself (garbage collection, a long callback), what it was late
+        # is not the store's fault: one pause would fail all look-ups under way at once and open
+        # the breaker.
+        if not self._is_extended and now > self.deadline:
+            self._is_extended = True
+            return now + min(now - self.deadline, self._store.timeout_s)
+        self.permit.fail()
+        self.future.set_exception(
+            StoreTimeout(f"redis: no reply within {self._store.timeout_s * 1000:.0f} ms")
+        )
+        return None
+
+
+class _IdleLossError(Exception):
+    """A connection that had been of use was closed: worth one more try."""
 
 
 class RedisStore:
     """User records as plain string values under `key_prefix` + user id.
 
-    While the server does not answer, a circuit breaker refuses `get` without asking it, and lets
-    one probe through per open period. For one event loop; the owner calls `aclose`.
+    Look-ups share one connection, which is opened by the first. While the server does not answer,
+    a circuit breaker refuses `get` without asking it, and lets one probe through per open period.
+    For one event loop; the owner calls `aclose`.
     """
 
     def __init__(
@@ -100,34 +134,39 @@ class RedisStore:
             timeout_s: Most seconds one `get` takes, waiting for a connection included.
             connect_timeout_s: Most seconds for opening a connection; may be longer than
                 `timeout_s`, as the connection is then there for the next call.
-            max_connections: Most commands under way at once; further ones wait.
+            max_connections: Most look-ups under way at once; further ones wait.
             key_prefix: Put before every user id.
             breaker: Used by `get` only.
 
         Raises:
             StoreMisconfigured: The URL cannot be understood or sets something else.
         """
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         # A command outlives its caller's time-out by this, so that a late reply or a slow
         # handshake ends in a usable connection and not in another reconnect.
         self._command_timeout_s = timeout_s + connect_timeout_s
-        self._connect_timeout_s = connect_timeout_s
         self._key_prefix = key_prefix.encode()
         self._breaker = breaker
-        self._slots = asyncio.Semaphore(max_connections)
-        self._tasks: set[asyncio.Task[object]] = set()
-        self._is_closed = False
-        self._client = _make_client(
+        self._num_slots = self._num_free = max_connections
+        self._drained: asyncio.Future[None] | None = None
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._pipe: Pipe | None = None
+        self._connection: redis.asyncio.connection.AbstractConnection | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self.is_closed = False
+        self._pool = _make_pool(
             url,
             socket_timeout_s=self._command_timeout_s,
             connect_timeout_s=connect_timeout_s,
-            max_connections=max_connections,
+            max_connections=1,
         )
-        self._bulk_client = _make_client(
-            url,
-            socket_timeout_s=_PIPELINE_TIMEOUT_S,
-            connect_timeout_s=_PIPELINE_TIMEOUT_S,
-            max_connections=2,
+        self._bulk_client = redis.asyncio.Redis.from_pool(
+            _make_pool(
+                url,
+                socket_timeout_s=_PIPELINE_TIMEOUT_S,
+                connect_timeout_s=_PIPELINE_TIMEOUT_S,
+                max_connections=2,
+            )
         )
 
     @classmethod
@@ -152,9 +191,20 @@ class RedisStore:
             ),
         )
 
-    async def get(self, user_id: str) -> bytes | None:
-        """See `OnlineStore.get`: one round trip, no retry.
+    @property
+    def is_idle(self) -> bool:
+        """Whether no look-up and no attempt to connect is under way, their callers gone or not."""
+        return self._connecting is None and (self._pipe is None or not self._pipe.num_pending)
 
+    @property
+    def max_get_s(self) -> float:
+        """See `OnlineStore.max_get_s`: `timeout_s`, and as much again if this process was late."""
+        return 2 * self.timeout_s
+
+    async def get(self, user_id: str) -> bytes | None:
+        """See `OnlineStore.get`: one round trip.
+
+        Asks again, once, only if the server closed a connection that had been of use before.
         Takes at most `timeout_s`, and as much longer as the event loop itself was late then.
         """
         self._require_open()
@@ -162,27 +212,25 @@ class RedisStore:
         if permit is None:
             raise StoreUnavailable("redis: not asked, as it kept failing a moment ago")
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._timeout_s
-        await self._acquire_slot(permit, deadline=deadline)
-        if self._is_closed:
-            self._slots.release()
-            permit.release()
-        self._require_open()
-        task = self._start(permit, self._key_prefix + user_id.encode())
-        # Does not touch the task, neither at the deadline nor when this call is cancelled.
-        await asyncio.wait({task}, timeout=deadline - loop.time())
-        if not task.done():
-            # If this process was late itself (garbage collection, a long callback), what it was
-            # late is not the store's fault: one pause would fail all look-ups under way at once
-            # and open the breaker.
-            late_s = min(loop.time() - deadline, self._timeout_s)
-            await asyncio.wait({task}, timeout=late_s)
-        if not task.done():
-            permit.fail()
-            raise StoreTimeout(f"redis: no reply within {self._timeout_s * 1000:.0f} ms")
-        if task.cancelled():
-            raise StoreUnavailable("redis: closed while a command was under way")
-        return cast("bytes | None", task.result())
+        deadline = loop.time() + self.timeout_s
+        key = self._key_prefix + user_id.encode()
+        command = b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(key), key)
+        for is_last in (False, True):
+            pipe = self._pipe
+            if pipe is None or not self._num_free:
+                pipe = await self._wait_for_room(permit, deadline)
+            lookup = _Lookup(self, permit, deadline, loop)
+            lookup.sent_at = loop.time()
+            self._num_free -= 1
+            pipe.send(lookup, command)
+            try:
+                # A caller that is cancelled here leaves its command to the pipe.
+                return await lookup.future
+            except _IdleLossError:
+                if is_last:
+                    break
+        permit.fail()
+        raise StoreUnavailable("redis: the connection was closed by the server")
 
     async def set_many(self, records: Iterable[tuple[str, bytes]], *, ttl_s: int | None) -> int:
         """See `OnlineStore.set_many`; pipelines of at most 500 records or about 1 MiB.
@@ -200,7 +248,7 @@ class RedisStore:
                 async with asyncio.timeout(_PIPELINE_TIMEOUT_S):
                     await pipeline.execute()
             except (redis.exceptions.RedisError, OSError) as exc:
-                raise _translate(exc) from exc
+                raise translate(exc) from exc
             num_written += len(chunk)
         return num_written
 
@@ -211,75 +259,126 @@ class RedisStore:
             async with asyncio.timeout(_PIPELINE_TIMEOUT_S):
                 await self._bulk_client.ping()
         except (redis.exceptions.RedisError, OSError) as exc:
-            raise _translate(exc) from exc
+            raise translate(exc) from exc
 
     async def aclose(self) -> None:
         """See `OnlineStore.aclose`; waits shortly for the commands under way."""
-        if self._is_closed:
+        if self.is_closed:
             return
-        self._is_closed = True
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=self._timeout_s)
-        abandoned = list(self._tasks)
-        for task in abandoned:
-            task.cancel("store is closing")
-        await asyncio.gather(*abandoned, return_exceptions=True)
-        for client in (self._client, self._bulk_client):
-            try:
-                await client.aclose()
-            except (redis.exceptions.RedisError, OSError) as exc:
-                _log.warning("redis: closing connections: %s", exc)
+        self.is_closed = True
+        for waiting in self._waiting:
+            if not waiting.done():
+                waiting.set_result(None)
+        if self._connecting is not None:
+            self._connecting.cancel("store is closing")
+            await asyncio.gather(self._connecting, return_exceptions=True)
+        if self._pipe is not None and self._pipe.num_pending:
+            self._drained = asyncio.get_running_loop().create_future()
+            await asyncio.wait({self._drained}, timeout=self.timeout_s)
+        if self._pipe is not None:
+            self._pipe.close(ConnectionError("this store is closed"))
+            await asyncio.sleep(0)
+        await self._drop_connection()
+        try:
+            await self._bulk_client.aclose()
+        except (redis.exceptions.RedisError, OSError) as exc:
+            _log.warning("redis: closing connections: %s", exc)
 
-    async def _acquire_slot(self, permit: Permit, *, deadline: float) -> None:
-        if not self._slots.locked():
-            await self._slots.acquire()  # Free, so this neither waits nor can be cancelled.
-            return
+    async def _wait_for_room(self, permit: Permit, deadline: float) -> Pipe:
+        """An open pipe with a slot to spare; every error settles the permit."""
         try:
             async with asyncio.timeout_at(deadline):
-                await self._slots.acquire()
+                while True:
+                    self._require_open()
+                    if self._pipe is None:
+                        await self._connect()
+                    elif self._num_free:
+                        return self._pipe
+                    else:
+                        await self._wait_for_slot()
         except TimeoutError as exc:
             permit.fail()
-            raise StoreTimeout(
-                f"redis: all connections busy for {self._timeout_s * 1000:.0f} ms"
-            ) from exc
+            what = "no connection" if self._pipe is None else "all look-ups busy"
+            raise StoreTimeout(f"redis: {what} for {self.timeout_s * 1000:.0f} ms") from exc
+        except StoreError:
+            if self.is_closed:
+                permit.release()
+            else:
+                permit.fail()
+            raise
         except asyncio.CancelledError:
             permit.release()
             raise
 
-    def _start(self, permit: Permit, key: bytes) -> asyncio.Task[object]:
-        async def run() -> object:
-            try:
-                return await self._client.get(key)
-            except redis.exceptions.ResponseError as exc:
-                if str(exc).startswith("WRONGTYPE"):
-                    raise RecordCorrupt("redis: the key holds no string") from exc
-                raise _translate(exc) from exc
-            except (redis.exceptions.RedisError, OSError) as exc:
-                raise _translate(exc) from exc
+    async def _connect(self) -> None:
+        """Waits for the one attempt that is under way, or begins one; it outlives its callers."""
+        if self._connecting is None:
+            self._connecting = asyncio.create_task(self._open_pipe(), name="redis-connect")
+            self._connecting.add_done_callback(self._end_connecting)
+        task = self._connecting
+        await asyncio.wait({task})
+        if task.cancelled():
+            raise StoreUnavailable("redis: closed while connecting")
+        exc = task.exception()
+        if exc is not None:
+            raise translate(exc) from exc
 
-        def finish(task: asyncio.Task[object]) -> None:
-            self._tasks.discard(task)
-            self._slots.release()
-            if task.cancelled():
-                permit.release()
-            elif task.exception() is None or isinstance(task.exception(), RecordCorrupt):
-                permit.succeed()  # An answer about one key says nothing against the server.
-            else:
-                permit.fail()
+    def _end_connecting(self, task: "asyncio.Task[None]") -> None:
+        self._connecting = None
+        if not task.cancelled():
+            task.exception()  # Its callers may all have gone.
 
-        task = asyncio.create_task(run(), name="redis-get")
-        self._tasks.add(task)
-        task.add_done_callback(finish)
-        return task
+    async def _open_pipe(self) -> None:
+        await self._drop_connection()
+        connection = self._pool.make_connection()  # type: ignore[no-untyped-call]  # redis-py has none
+        await connection.connect()
+        self._connection = connection
+        # redis-py does the handshake; from here on the transport is ours.
+        writer = connection._writer
+        assert writer is not None
+        transport = cast("asyncio.Transport", writer.transport)
+        self._pipe = Pipe(transport, patience_s=self._command_timeout_s, on_lost=self._lose_pipe)
+        if transport.is_closing():
+            self._pipe = None
+            raise ConnectionError("the connection was closed by the server")
+
+    def _lose_pipe(self) -> None:
+        self._pipe = None
+
+    async def _drop_connection(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.disconnect(nowait=True)
+
+    async def _wait_for_slot(self) -> None:
+        waiting = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiting)
+        try:
+            await waiting
+        finally:
+            if waiting in self._waiting:
+                self._waiting.remove(waiting)
+
+    def _free_slot(self) -> None:
+        self._num_free += 1
+        if self._drained is not None and self._num_free == self._num_slots:
+            if not self._drained.done():
+                self._drained.set_result(None)
+            return
+        while self._waiting:
+            waiting = self._waiting.popleft()
+            if not waiting.done():
+                waiting.set_result(None)
+                return
 
     def _require_open(self) -> None:
-        if self._is_closed:
+        if self.is_closed:
             raise StoreUnavailable("redis: this store is closed")
 
 
-def _make_client(
+def _make_pool(
     url: str, *, socket_timeout_s: float, connect_timeout_s: float, max_connections: int
-) -> "redis.asyncio.Redis":
+) -> "redis.asyncio.ConnectionPool":
     try:
         options = redis.asyncio.connection.parse_url(url)
     except ValueError:
@@ -289,7 +388,7 @@ def _make_client(
         # redis-py lets the URL's query override every argument, time-outs included.
         if name not in _URL_OPTIONS | {"connection_class"} and not name.startswith("ssl_"):
             raise StoreMisconfigured(f"store URL: option {name[:40]!r} cannot be set there")
-    pool = redis.asyncio.ConnectionPool.from_url(
+    return redis.asyncio.ConnectionPool.from_url(
         url,
         socket_timeout=socket_timeout_s,
         socket_connect_timeout=connect_timeout_s,
@@ -300,7 +399,6 @@ def _make_client(
         protocol=2,
         driver_info=None,
     )
-    return redis.asyncio.Redis.from_pool(pool)
 
 
 def _chunks(records: Iterable[tuple[str, bytes]]) -> Iterator[list[tuple[str, bytes]]]:
@@ -314,20 +412,3 @@ def _chunks(records: Iterable[tuple[str, bytes]]) -> Iterator[list[tuple[str, by
             chunk, num_bytes = [], 0
     if chunk:
         yield chunk
-
-
-def _translate(exc: BaseException) -> StoreError:
-    chain = list(_causes(exc))
-    text = str(exc)[:200] or type(exc).__name__
-    for foreign, ours in _TRANSLATIONS:
-        if any(isinstance(cause, foreign) for cause in chain):
-            return ours(f"redis: {text}")
-    return StoreUnavailable(f"redis: {text}")
-
-
-def _causes(exc: BaseException | None) -> Iterator[BaseException]:
-    seen: list[BaseException] = []
-    while exc is not None and exc not in seen:
-        seen.append(exc)
-        yield exc
-        exc = exc.__cause__ or exc.__context__

@@ -11,6 +11,7 @@ from service.errors import StoreError
 from service.settings import StoreSettings
 from service.stores import open_store
 from service.stores.base import OnlineStore
+from service.stores.redis import RedisStore
 
 LIMIT_S = 20.0
 # Busy machines stall for tens of milliseconds: only tests about time-outs set short ones.
@@ -40,8 +41,12 @@ async def error_of(call: Awaitable[object]) -> type[StoreError] | None:
     return None
 
 
-async def no_command_is_under_way() -> bool:
-    return all(task.get_name() != "redis-get" for task in asyncio.all_tasks())
+def is_idle(store: OnlineStore) -> Callable[[], Awaitable[bool]]:
+    async def check() -> bool:
+        assert isinstance(store, RedisStore)
+        return store.is_idle
+
+    return check
 
 
 class ScriptedServer:
@@ -62,18 +67,28 @@ class ScriptedServer:
         self._handlers.add(task)
         self.num_connections += 1
         parser = hiredis.Reader()
+        commands: asyncio.Queue[list[bytes]] = asyncio.Queue()
+        # Reads on while it does not reply, as a kernel would.
+        replying = asyncio.create_task(self._reply(commands, writer))
         try:
             while data := await reader.read(65_536):
                 parser.feed(data)
                 while (command := parser.gets()) is not False:
-                    if command[0] == b"GET":
-                        self.num_gets += 1
-                    await self.may_reply.wait()
-                    writer.write(self.reply(command[1]) if command[0] == b"GET" else b"+OK\r\n")
+                    self.num_gets += command[0] == b"GET"
+                    commands.put_nowait(command)
         except (ConnectionError, asyncio.CancelledError):
             pass
         finally:
+            replying.cancel()
             writer.close()
+
+    async def _reply(
+        self, commands: "asyncio.Queue[list[bytes]]", writer: asyncio.StreamWriter
+    ) -> None:
+        while True:
+            command = await commands.get()
+            await self.may_reply.wait()
+            writer.write(self.reply(command[1]) if command[0] == b"GET" else b"+OK\r\n")
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["ScriptedServer"]:

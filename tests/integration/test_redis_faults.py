@@ -15,7 +15,7 @@ from redis_rig import (
     ScriptedServer,
     echo,
     error_of,
-    no_command_is_under_way,
+    is_idle,
     opened,
     until,
 )
@@ -29,6 +29,7 @@ from service.errors import (
 )
 from service.settings import StoreSettings
 from service.stores import open_store
+from service.stores.base import OnlineStore
 from service.stores.embedded import EmbeddedRedis
 
 pytestmark = [pytest.mark.anyio, pytest.mark.redis]
@@ -232,9 +233,9 @@ async def test_reply_or_handshake_that_comes_late_leaves_a_usable_connection(
         async with opened(url, timeout_ms=50, key_prefix="") as store:
             fake.may_reply.clear()
             assert await error_of(store.get("late")) is StoreTimeout
-            assert not await no_command_is_under_way()
+            assert not await is_idle(store)()
             fake.may_reply.set()
-            await until(no_command_is_under_way)
+            await until(is_idle(store))
             assert await store.get("next") == b"next"
             assert fake.num_connections == 1
 
@@ -261,7 +262,72 @@ async def test_abandoned_replies_are_never_given_to_the_next_caller() -> None:
             assert await asyncio.gather(*mates) == [
                 f"m{round_number}.{i}".encode() for i in range(4)
             ]
+        assert fake.num_connections == 1
+
+
+async def test_concurrent_lookups_share_a_round_trip() -> None:
+    """All have been sent before the first is answered, over one connection."""
+    async with (
+        ScriptedServer(echo).running() as fake,
+        opened(fake.url, key_prefix="") as store,
+    ):
+        assert await store.get("u") == b"u"
+        fake.may_reply.clear()
+        tasks = [asyncio.create_task(store.get(f"u{i}")) for i in range(20)]
+
+        async def are_sent() -> bool:
+            return fake.num_gets == 21
+
+        await until(are_sent)
+        assert not any(task.done() for task in tasks)
+        fake.may_reply.set()
+        assert await asyncio.gather(*tasks) == [f"u{i}".encode() for i in range(20)]
+        assert fake.num_connections == 1
+
+
+async def test_connection_that_stays_silent_is_given_up_for_a_new_one() -> None:
+    async with (
+        ScriptedServer(echo).running() as fake,
+        opened(
+            fake.url, timeout_ms=30, connect_timeout_ms=30, breaker_failures=1000, key_prefix=""
+        ) as store,
+    ):
+        await until(lambda: _answers(store, "first"))
+        fake.may_reply.clear()
+        assert await error_of(store.get("lost")) is StoreTimeout
+        await until(is_idle(store))  # without a reply
+        fake.may_reply = asyncio.Event()  # that of the new connection
+        fake.may_reply.set()
+        await until(lambda: _answers(store, "next"))
         assert fake.num_connections == 2
+
+
+async def _answers(store: OnlineStore, user_id: str) -> bool:
+    try:
+        return await store.get(user_id) == user_id.encode()
+    except StoreError:
+        return False
+
+
+async def test_connection_lost_again_at_the_second_try_is_unavailable() -> None:
+    """The one retry is for a connection that had been of use; the next has not."""
+    num_connections = 0
+
+    async def answer_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_connections
+        num_connections += 1
+        await reader.readuntil(b"u1\r\n")
+        if num_connections == 1:
+            writer.write(b"$1\r\n1\r\n")
+            await reader.readuntil(b"u1\r\n")
+        writer.close()
+
+    listener = await asyncio.start_server(answer_once, "127.0.0.1", 0)
+    url = f"redis://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    async with listener, opened(url) as store:
+        assert await store.get("u1") == b"1"
+        assert await error_of(store.get("u1")) is StoreUnavailable
+        assert num_connections == 2
 
 
 async def test_waiting_for_a_connection_is_part_of_the_time() -> None:
@@ -320,7 +386,7 @@ async def test_close_ends_a_command_that_is_not_answered() -> None:
 
         await until(is_sent)
         await store.aclose()
-        assert await no_command_is_under_way()
+        assert await is_idle(store)()
         assert await error_of(caller) in {StoreTimeout, StoreUnavailable}
 
 

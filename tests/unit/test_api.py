@@ -30,7 +30,7 @@ from service.errors import (
     error_codes,
 )
 from service.features import Candidates
-from service.openapi import ANSWER_EXAMPLE, REQUEST_EXAMPLES
+from service.openapi import ANSWER_EXAMPLE, COLUMNS_ANSWER_EXAMPLE, REQUEST_EXAMPLES
 from service.scorer import ScoreRequest, ScoreResult
 from service.settings import Settings
 
@@ -128,8 +128,33 @@ async def test_documented_examples_work(client: httpx.AsyncClient, name: str) ->
 
     assert response.status_code == 200
     answer = response.json()
-    assert set(answer) == set(ANSWER_EXAMPLE)
-    assert set(answer["items"][0]) == set(ANSWER_EXAMPLE["items"][0])
+    if REQUEST_EXAMPLES[name]["value"].get("layout") == "columns":
+        assert set(answer) == set(COLUMNS_ANSWER_EXAMPLE)
+        assert set(answer["columns"]) == set(COLUMNS_ANSWER_EXAMPLE["columns"])
+    else:
+        assert set(answer) == set(ANSWER_EXAMPLE)
+        assert set(answer["items"][0]) == set(ANSWER_EXAMPLE["items"][0])
+
+
+async def test_columns_say_what_rows_say(client: httpx.AsyncClient) -> None:
+    body = {**BODY, "candidates": [1, "nope", 1]}
+
+    rows = (await client.post("/score", json=body)).json()["items"]
+    columns = (await client.post("/score", json={**body, "layout": "columns"})).json()["columns"]
+
+    assert list(columns) == list(rows[0])
+    for name, values in columns.items():
+        given = [row[name] for row in rows]
+        assert values == (pytest.approx(given, rel=1e-6) if name.startswith("p") else given)
+
+
+async def test_score_is_answered_below_a_mount_path(running: RunningApp) -> None:
+    transport = httpx.ASGITransport(running.app, root_path="/ctr")
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        response = await client.post("/ctr/score", json=BODY)
+
+    assert response.status_code == 200
+    assert response.headers.get_list("x-request-id") == [response.json()["request_id"]]
 
 
 async def test_openapi_describes_the_routes_there_are(running: RunningApp) -> None:

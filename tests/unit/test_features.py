@@ -430,7 +430,6 @@ def test_value_that_does_not_fit_is_refused_by_its_path(
     [
         {"features": {"trips": "many"}},
         {"features": {"age_band": 1.5}},
-        {"recents": {"visits": tiny.recent_entries([(1.0, 3, "31"), (1.0, 2, "31")])}},
         {"histories": {"recent": HistoryEntries(ids=(0.5,), times=np.array([0]))}},  # type: ignore[arg-type]  # not representable on the wire
     ],
 )

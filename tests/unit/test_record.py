@@ -256,6 +256,7 @@ def test_endless_nesting_is_a_record_error() -> None:
         (UserRecord(updated_at=0.0, recents={"m": recent([1.0], [1], [1, 2])}), "length"),
         (UserRecord(updated_at=0.0, recents={"m": recent([-1.0], [1])}), "0 or more"),
         (UserRecord(updated_at=0.0, recents={"m": recent([np.nan], [1])}), "0 or more"),
+        (UserRecord(updated_at=0.0, recents={"m": recent([1.0, 1.0], [2, 3])}), "newest event"),
     ],
 )
 def test_a_record_that_could_not_be_read_is_not_written(record: UserRecord, named: str) -> None:

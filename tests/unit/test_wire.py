@@ -54,7 +54,9 @@ def test_fullest_body() -> None:
     assert parsed.timeout_ms == 300
 
 
-@pytest.mark.parametrize("name", ["time", "context", "user_features", "request_id", "timeout_ms"])
+@pytest.mark.parametrize(
+    "name", ["time", "context", "user_features", "request_id", "timeout_ms", "layout"]
+)
 def test_null_is_not_given(name: str) -> None:
     assert parse(**{name: None}) == parse()
 
@@ -258,6 +260,73 @@ def test_answer_is_json_whatever_the_model_gave() -> None:
     assert [item["status"] for item in items] == ["unknown_item", "non_finite", "non_finite"]
     assert [item["pctr"] for item in items] == [0.5, None, None]
     assert [item["pcvr"] for item in items] == [0.5, None, None]
+
+
+def columns_of(scored: ScoreResult) -> dict[str, Any]:
+    answer = json.loads(encode_answer(scored, request_id="r", layout="columns"))
+    columns: dict[str, Any] = answer.pop("columns")
+    assert answer == {
+        "request_id": "r",
+        "bundle": "b",
+        "degraded": [],
+        "user_status": "ok",
+        "ignored_features": [],
+    }
+    return columns
+
+
+def test_columns_have_one_entry_per_candidate_in_order() -> None:
+    scored = result({"pctr": [0.5, 0.25], "pcvr": [1, 0.5]}, item_ids=["x", 7])
+
+    assert columns_of(scored) == {
+        "item_id": ["x", 7],
+        "pctr": [0.5, 0.25],
+        "pcvr": [1.0, 0.5],
+        "status": ["ok", "ok"],
+    }
+
+
+def test_columns_are_null_where_the_model_gave_no_number() -> None:
+    scored = result(
+        {"pctr": [0.5, float("nan"), 0.5], "pcvr": [0.5, 0.5, float("inf")]},
+        is_finite=np.array([True, False, False]),
+        is_known=np.array([False, False, True]),
+    )
+
+    columns = columns_of(scored)
+
+    assert columns["status"] == ["unknown_item", "non_finite", "non_finite"]
+    assert columns["pctr"] == columns["pcvr"] == [0.5, None, None]
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_both_layouts_give_the_same_float32(layout: Any) -> None:
+    values = np.random.default_rng(1).random(1000).astype(np.float32) ** 4
+    scored = result({"pctr": values.tolist()})
+
+    answer = json.loads(encode_answer(scored, request_id="r", layout=layout))
+
+    given = (
+        answer["columns"]["pctr"] if layout == "columns" else [i["pctr"] for i in answer["items"]]
+    )
+    assert np.array(given, np.float32).tobytes() == values.tobytes()
+
+
+def test_item_id_beyond_64_bits_is_answered_as_sent() -> None:
+    assert columns_of(result({"pctr": [0.5, 0.25]}, item_ids=[2**70, "x"])) == {
+        "item_id": [2**70, "x"],
+        "pctr": [0.5, 0.25],
+        "status": ["ok", "ok"],
+    }
+
+
+def test_layout_is_rows_unless_asked_for_columns() -> None:
+    assert parse().layout == "rows"
+    assert parse(layout="columns").layout == "columns"
+
+
+def test_unknown_layout_is_refused_by_name() -> None:
+    assert refused(b'{"user_id": 1, "candidates": [1], "layout": "rowz"}').field == "layout"
 
 
 @pytest.mark.parametrize(
