@@ -9,7 +9,8 @@ from model.contract.bundle import Manifest, read_bundle
 from model.contract.encode import Encoder
 from service.batcher import BatchObserver, MicroBatcher
 from service.features import FeatureSource
-from service.items import ItemTable, empty_item_table, load_item_table
+from service.item_snapshot import load_item_table
+from service.items import ItemTable, empty_item_table
 from service.runtime import Outputs, Runtime, load_runtime
 from service.settings import BatchSettings
 
