@@ -1,6 +1,5 @@
 """Builds the service from its settings and takes it down again in reverse order."""
 
-import asyncio
 import logging
 import uuid
 from collections.abc import AsyncIterator
@@ -9,17 +8,15 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from model.contract.blocks import Blocks
 from service.api import RequestIdMiddleware, ServiceStatus, add_routes
-from service.batcher import MicroBatcher
 from service.errors import StoreError, StoreMisconfigured
+from service.item_files import ItemOpener, open_in_memory
 from service.observe import Metrics
-from service.runtime import Outputs
 from service.scorer import Scorer
 from service.settings import Settings
-from service.state import ServingState, load_serving_state
 from service.stores import open_store
 from service.stores.base import OnlineStore
+from service.swap import Swapper
 
 _log = logging.getLogger(__name__)
 
@@ -29,16 +26,19 @@ def create_app(
     *,
     store: OnlineStore | None = None,
     registry: CollectorRegistry | None = None,
+    open_items: ItemOpener = open_in_memory,
 ) -> FastAPI:
     """Makes the app; files and connections are opened by its lifespan, and closed by it.
 
-    `app.state.status` is its `ServiceStatus`, for the server that drains it.
+    `app.state.status` is its `ServiceStatus`, for the server that drains it; `app.state.reload()`
+    asks for the bundle and the items to be loaded again.
 
     Args:
         settings: Without `store.url`, a store must be given. Without `bundle`, the service runs
             and is not ready.
         store: In place of the one that `settings.store.url` names; closed with the app.
         registry: For the metrics; None makes one of the app's own.
+        open_items: Makes item tables.
 
     Raises:
         StoreMisconfigured: Neither a store nor its URL is given, or the URL is not understood.
@@ -56,27 +56,31 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        del app
         async with AsyncExitStack() as stack:
             stack.push_async_callback(store.aclose)
             await _check_store(store)
             if settings.bundle is not None:
-                state = await asyncio.to_thread(
-                    load_serving_state,
-                    settings.bundle,
-                    settings.item_snapshot,
-                    batch=settings.batch,
+                swapper = Swapper(
+                    status,
+                    settings=settings,
+                    open_items=open_items,
+                    make_scorer=lambda state, batcher: Scorer(
+                        state,
+                        store=store,
+                        batcher=batcher,
+                        metrics=metrics,
+                        settings=settings.store,
+                    ),
                 )
-                stack.callback(state.runtime.close)
-                batcher = state.make_batcher(batch=settings.batch, observer=metrics)
-                stack.push_async_callback(batcher.close, settings.drain_timeout_ms / 1000)
-                _serve(state, status, batcher=batcher, store=store, settings=settings)
-                stack.callback(status.set_scorer, None)
+                stack.push_async_callback(swapper.aclose)
+                await swapper.start()
+                app.state.reload = swapper.request
             yield
             status.begin_drain()
 
     app = FastAPI(lifespan=lifespan, redirect_slashes=False)
     app.state.status = status
+    app.state.reload = lambda: None
     app.add_middleware(
         RequestIdMiddleware,
         status=status,
@@ -84,23 +88,6 @@ def create_app(
     )
     add_routes(app, status, limits=settings.limits)
     return app
-
-
-def _serve(
-    state: ServingState,
-    status: ServiceStatus,
-    *,
-    batcher: MicroBatcher[Blocks, Outputs],
-    store: OnlineStore,
-    settings: Settings,
-) -> None:
-    status.metrics.bundle_served(
-        bundle=state.manifest.bundle_id, schema=state.manifest.schema_sha256
-    )
-    status.metrics.item_table_changed(rows=len(state.items))
-    status.set_scorer(
-        Scorer(state, store=store, batcher=batcher, metrics=status.metrics, settings=settings.store)
-    )
 
 
 async def _check_store(store: OnlineStore) -> None:

@@ -1,4 +1,4 @@
-"""Finds table rows by item id in arrays alone, so that workers can share the index as a mapped file.
+"""Finds table rows by item id, in arrays alone: so workers can share the index as a mapped file.
 
 Ids are hashed to buckets of about one id each, and rows lie in bucket order: a look-up reads, for
 all ids of a request at once, the few keys that follow its bucket's first row. The keys are the ids
@@ -109,7 +109,8 @@ class ItemIndex:
         shift = np.uint64(_WORD_BITS - (len(self.starts).bit_length() - 1))
         starts = self.starts.take((hashes >> shift).view(np.int64))
         windows = self.keys.take(starts[:, None] + np.arange(self.window))
-        return starts + (windows == keys[:, None]).argmax(axis=1)
+        rows: Rows = starts + (windows == keys[:, None]).argmax(axis=1)
+        return rows
 
 
 def build_index(ids: npt.NDArray[np.int64] | Sequence[str]) -> tuple[ItemIndex, Rows]:
@@ -224,9 +225,9 @@ def _texts(item_ids: Ids) -> Sequence[str]:
     return item_ids if isinstance(item_ids[0], str) else list(map(str, item_ids))  # type: ignore[return-value]  # all are text
 
 
-def _integer(item_id: str | int) -> int | None:
+def _integer(item_id: object) -> int | None:
     try:
-        number = int(item_id)
+        number = int(str(item_id))
     except ValueError:
         return None
     is_canonical = str(number) == str(item_id)

@@ -129,7 +129,9 @@ def empty_item_table(encoder: Encoder) -> ItemTable:
     return ItemTable(encoder, index=index, rows=rows)
 
 
-def row_specs(encoder: Encoder, num_items: int) -> dict[str, tuple[tuple[int, int], "np.dtype[Any]"]]:
+def row_specs(
+    encoder: Encoder, num_items: int
+) -> dict[str, tuple[tuple[int, int], "np.dtype[Any]"]]:
     """Shape and dtype of each array of `ItemRows` for a table of `num_items`."""
     layout = encoder.candidate_layout
     largest_code = max((encoder.table_size(name) for name in layout.ids), default=0)

@@ -21,6 +21,7 @@ from service.errors import ServiceError, StoreError, error_codes
 
 Stage = Literal["parse", "features", "encode", "queue", "run", "respond"]
 DegradedReason = Literal["user_features", "stale_user_features"]
+SwapPart = Literal["bundle", "items"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -160,6 +161,14 @@ class Metrics:
         """The item table being served has this many items."""
         self._item_table_rows.set(rows)
 
+    def swapped(self, part: SwapPart) -> None:
+        """A whole new state is in service, or one with other items."""
+        self._swaps[part].inc()
+
+    def swap_refused(self, part: SwapPart) -> None:
+        """What should have been put in service is damaged or does not fit."""
+        self._swap_refusals[part].inc()
+
     def _init_requests(self) -> None:
         self._request_seconds = Histogram(
             "scoring_request_seconds",
@@ -236,6 +245,13 @@ class Metrics:
         )
         self._ready = self._gauge("ready", "1 while requests are taken")
         self._item_table_rows = self._gauge("item_table_rows", "Items in the item table")
+        parts = get_args(SwapPart)
+        self._swaps = self._counters(
+            "swaps", "Bundles, or items alone, put in service after the first", "part", parts
+        )
+        self._swap_refusals = self._counters(
+            "swaps_refused", "Bundles or items not put in service", "part", parts
+        )
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"scoring_{name}", text, registry=self._registry)

@@ -30,7 +30,8 @@ class ScoringServer(uvicorn.Server):
 
     The first SIGTERM or SIGINT fails readiness; after `drain_delay_ms`, during which requests are
     still answered, it stops listening and finishes what it has within `drain_timeout_ms`. A second
-    signal ends it at once. Errors of the app's lifespan leave `run` as they are.
+    signal ends it at once. SIGHUP loads bundle and items again. Errors
+    of the app's lifespan leave `run` as they are.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class ScoringServer(uvicorn.Server):
         except BaseException:
             await self._lifespan_stack.aclose()
             raise
+        self._loop.add_signal_handler(signal.SIGHUP, self._app.state.reload)
         # What was built until now lives as long as the process: no need to look at it again.
         gc.collect()
         gc.freeze()

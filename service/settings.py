@@ -130,6 +130,15 @@ class Settings(BaseSettings):
     item_snapshot: Path | None = Field(
         None, description="File with the items that requests may name by id alone"
     )
+    reload_poll_s: float = Field(
+        5.0,
+        ge=0,
+        le=86_400,
+        description="Time between looks for another bundle or item snapshot; 0 waits for SIGHUP",
+    )
+    workers: int = Field(
+        1, ge=0, le=256, description="Processes that answer; 0 takes one per CPU core available"
+    )
     log_level: LogLevel = Field("info", description="Least severe level logged")
     store: StoreSettings = Field(default_factory=StoreSettings, description="Online store")
     batch: BatchSettings = Field(default_factory=BatchSettings, description="Micro-batches")

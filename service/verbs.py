@@ -37,6 +37,7 @@ def serve(bundle: Path | None, items: Path | None, host: str | None, port: int |
     Without CTR_STORE__URL a Redis server of its own keeps user records in CTR_STORE__DATA_DIR.
     """
     from service.app import create_app
+    from service.item_files import ItemFiles
     from service.observe import configure_logging
     from service.server import run_server
 
@@ -48,8 +49,12 @@ def serve(bundle: Path | None, items: Path | None, host: str | None, port: int |
     def announce(url: str) -> None:
         click.echo(f"ctr serve: ready, POST {url}/score, documentation at {url}/docs", err=True)
 
-    with store_settings(settings) as complete:
-        code = run_server(create_app(complete), complete, announce=announce)
+    with (
+        store_settings(settings) as complete,
+        ItemFiles.temporary(log_level=settings.log_level) as open_items,
+    ):
+        app = create_app(complete, open_items=open_items)
+        code = run_server(app, complete, announce=announce)
     sys.exit(code)
 
 
