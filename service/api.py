@@ -8,7 +8,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,8 @@ class ServiceStatus:
         self.metrics = metrics
         self.scorer: Scorer | None = None
         self.is_draining = False
+        # Of this process; several workers put one in its place that tells of all of them.
+        self.render_metrics: Callable[[], Awaitable[bytes]] = self._render_metrics
 
     def set_scorer(self, scorer: Scorer | None) -> None:
         """Begins to score, or (None) ceases to."""
@@ -108,6 +110,9 @@ class ServiceStatus:
         if self.is_draining:
             raise self._unavailable()
         return self.require_scorer()
+
+    async def _render_metrics(self) -> bytes:
+        return self.metrics.render()
 
     def _unavailable(self) -> ServiceError:
         if self.is_draining:
@@ -262,7 +267,7 @@ def add_routes(app: FastAPI, status: ServiceStatus, *, limits: LimitSettings) ->
 
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:
-        return Response(status.metrics.render(), media_type=CONTENT_TYPE)
+        return Response(await status.render_metrics(), media_type=CONTENT_TYPE)
 
     @app.exception_handler(ServiceError)
     async def on_service_error(request: Request, exc: Exception) -> Response:

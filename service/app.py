@@ -2,7 +2,7 @@
 
 import logging
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI
@@ -17,6 +17,7 @@ from service.settings import Settings
 from service.stores import open_store
 from service.stores.base import OnlineStore
 from service.swap import Swapper
+from service.worker_metrics import WorkerMetrics
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ def create_app(
     store: OnlineStore | None = None,
     registry: CollectorRegistry | None = None,
     open_items: ItemOpener = open_in_memory,
+    share_metrics: Callable[[Metrics], WorkerMetrics] | None = None,
 ) -> FastAPI:
     """Makes the app; files and connections are opened by its lifespan, and closed by it.
 
@@ -39,6 +41,7 @@ def create_app(
         store: In place of the one that `settings.store.url` names; closed with the app.
         registry: For the metrics; None makes one of the app's own.
         open_items: Makes item tables.
+        share_metrics: For one of several workers; None answers /metrics for this process alone.
 
     Raises:
         StoreMisconfigured: Neither a store nor its URL is given, or the URL is not understood.
@@ -57,6 +60,9 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
+            if share_metrics is not None:
+                shared = await stack.enter_async_context(share_metrics(metrics))
+                status.render_metrics = shared.render
             stack.push_async_callback(store.aclose)
             await _check_store(store)
             if settings.bundle is not None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Literal, TextIO, get_args
 
+import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -71,6 +72,15 @@ class Metrics:
     def render(self) -> bytes:
         """Current values in the Prometheus text format, of `CONTENT_TYPE`; about 10 us a line."""
         return generate_latest(_WithoutCreated(self._registry))
+
+    def families(self) -> "list[Family]":
+        """Current values, for another process."""
+        return [
+            Family(
+                m.name, m.documentation, m.type, [(s.name, s.labels, s.value) for s in m.samples]
+            )
+            for m in _WithoutCreated(self._registry).collect()
+        ]
 
     def request_finished(self, *, outcome: str, seconds: float, candidates: int = 0) -> None:
         """One scoring request ended.
@@ -169,6 +179,14 @@ class Metrics:
         """What should have been put in service is damaged or does not fit."""
         self._swap_refusals[part].inc()
 
+    def worker_restarted(self, times: int) -> None:
+        """This process stands for a worker that has ended `times` times."""
+        self._worker_restarts.inc(times)
+
+    def worker_silent(self) -> None:
+        """Another worker did not tell its metrics in time."""
+        self._silent_workers.inc()
+
     def _init_requests(self) -> None:
         self._request_seconds = Histogram(
             "scoring_request_seconds",
@@ -252,6 +270,12 @@ class Metrics:
         self._swap_refusals = self._counters(
             "swaps_refused", "Bundles or items not put in service", "part", parts
         )
+        self._worker_restarts = self._counter(
+            "worker_restarts", "Workers started again after they had ended"
+        )
+        self._silent_workers = self._counter(
+            "silent_workers", "Times that a worker did not tell the one asked for all metrics"
+        )
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"scoring_{name}", text, registry=self._registry)
@@ -264,6 +288,32 @@ class Metrics:
     ) -> dict[str, Counter]:
         counter = Counter(f"scoring_{name}_total", text, [label], registry=self._registry)
         return {value: counter.labels(value) for value in values}
+
+
+class Family(msgspec.Struct, array_like=True):
+    """One metric's values, with names and kind as the library has them."""
+
+    name: str
+    text: str
+    kind: str
+    samples: list[tuple[str, dict[str, str], float]]
+
+
+def render_families(families: Iterable[Family]) -> bytes:
+    """The families in the Prometheus text format, of `CONTENT_TYPE`."""
+    return generate_latest(_Families(families))
+
+
+class _Families(Collector):
+    def __init__(self, families: Iterable[Family]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._families:
+            metric = Metric(family.name, family.text, family.kind)
+            for name, labels, value in family.samples:
+                metric.add_sample(name, labels, value)
+            yield metric
 
 
 class _WithoutCreated(Collector):

@@ -206,6 +206,12 @@ def load_settings(**overrides: Any) -> Settings:  # Any: checked by pydantic, fi
         raise SettingsError("\n".join(lines)) from None
 
 
+def environment_of(settings: Settings) -> dict[str, str]:
+    """This process's environment with these settings in it, for a child that reads them."""
+    kept = {n: v for n, v in os.environ.items() if not n.upper().startswith(PREFIX)}
+    return kept | dict(_variables(settings, PREFIX))
+
+
 def setting_rows() -> tuple[SettingRow, ...]:
     """Every setting, in the order of definition; sections after one another."""
     return tuple(
@@ -225,6 +231,16 @@ def _leaves(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInf
             yield from _leaves(info.annotation, variable + _DELIMITER)
         else:
             yield variable, info
+
+
+def _variables(section: BaseModel, prefix: str) -> Iterator[tuple[str, str]]:
+    for name in type(section).model_fields:
+        value, variable = getattr(section, name), prefix + name.upper()
+        if isinstance(value, _Section):
+            yield from _variables(value, variable + _DELIMITER)
+        elif value is not None:
+            is_secret = isinstance(value, SecretStr)
+            yield variable, value.get_secret_value() if is_secret else str(value)
 
 
 def _unknown_variables(environ: Mapping[str, str]) -> list[str]:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from model.contract.errors import LogError
 from model.contract.ids import canonical_id
 from service.settings import Settings, load_settings
 
+_log = logging.getLogger(__name__)
+
 _PARQUET_MAGIC = b"PAR1"
 _SCORE_TIMEOUT_S = 60.0
 _DEFAULT_TTL_S = 30 * 24 * 3600
@@ -31,31 +34,70 @@ _PATH = click.Path(path_type=Path)
 @click.option("--items", type=_PATH, help="Item snapshot, Parquet (CTR_ITEM_SNAPSHOT).")
 @click.option("--host", help="Address to listen on (CTR_HOST).")
 @click.option("--port", type=int, help="Port to listen on, 0 for a free one (CTR_PORT).")
-def serve(bundle: Path | None, items: Path | None, host: str | None, port: int | None) -> None:
+@click.option("--workers", type=int, help="Processes, 0 for one per CPU core (CTR_WORKERS).")
+def serve(
+    bundle: Path | None,
+    items: Path | None,
+    host: str | None,
+    port: int | None,
+    workers: int | None,
+) -> None:
     """Answer POST /score from a bundle until SIGTERM or Ctrl-C.
 
     Without CTR_STORE__URL a Redis server of its own keeps user records in CTR_STORE__DATA_DIR.
     """
-    from service.app import create_app
-    from service.item_files import ItemFiles
     from service.observe import configure_logging
-    from service.server import run_server
 
-    settings = load_settings(bundle=bundle, item_snapshot=items, host=host, port=port)
+    settings = load_settings(
+        bundle=bundle, item_snapshot=items, host=host, port=port, workers=workers
+    )
     if settings.bundle is None:
         raise click.UsageError("no bundle: give --bundle DIR or set CTR_BUNDLE")
     configure_logging(settings.log_level)
+    settings = _fit_to_cpu(settings)
 
     def announce(url: str) -> None:
         click.echo(f"ctr serve: ready, POST {url}/score, documentation at {url}/docs", err=True)
 
-    with (
-        store_settings(settings) as complete,
-        ItemFiles.temporary(log_level=settings.log_level) as open_items,
-    ):
-        app = create_app(complete, open_items=open_items)
-        code = run_server(app, complete, announce=announce)
+    with store_settings(settings) as complete:
+        code = _serve(complete, announce)
     sys.exit(code)
+
+
+def _serve(settings: Settings, announce: Callable[[str], None]) -> int:
+    if settings.workers > 1:
+        from service.supervisor import Supervisor
+
+        with tempfile.TemporaryDirectory(prefix="ctr-") as directory:
+            return Supervisor(settings, directory=Path(directory), announce=announce).run()
+    from service.app import create_app
+    from service.item_files import ItemFiles
+    from service.server import run_server
+
+    with ItemFiles.temporary(log_level=settings.log_level) as open_items:
+        app = create_app(settings, open_items=open_items)
+        return run_server(app, settings, announce=announce)
+
+
+def _fit_to_cpu(settings: Settings) -> Settings:
+    """With a number of workers; says so if more is to run at once than there are cores."""
+    from service.cpu_limits import read_cpu_limits
+
+    limits = read_cpu_limits()
+    workers = settings.workers or limits.whole_cores
+    threads = workers * settings.batch.num_runners * settings.batch.intra_op_threads
+    if threads > limits.cores:
+        _log.warning(
+            "%d workers x %d runners x %d threads are more than the %.3g CPU cores available "
+            "(affinity %d, container quota %s)",
+            workers,
+            settings.batch.num_runners,
+            settings.batch.intra_op_threads,
+            limits.cores,
+            limits.affinity,
+            "none" if limits.quota is None else f"{limits.quota:.3g}",
+        )
+    return settings.model_copy(update={"workers": workers})
 
 
 @click.command()
