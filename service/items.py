@@ -20,12 +20,12 @@ from model.contract.columns import Columns
 from model.contract.encode import Encoder
 from model.contract.record import Keys
 from service.item_index import Ids, ItemIndex, build_index
+from service.mapped_file import MappedFile
 
 Arrays = Mapping[str, npt.NDArray[Any]]  # Any: dtypes differ by array
 
 _MAGIC = b"ctr-items-1\n"
 _ALIGNMENT = 64  # bytes: a cache line
-_PAGE = mmap.PAGESIZE
 _NO_TIME = np.zeros(1, np.float64)
 
 
@@ -63,14 +63,23 @@ class ItemRows:
 class ItemTable:
     """Encoded items and one row of defaults for every other item. Immutable."""
 
-    def __init__(self, encoder: Encoder, *, index: ItemIndex, rows: ItemRows) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        *,
+        index: ItemIndex,
+        rows: ItemRows,
+        file: MappedFile | None = None,
+    ) -> None:
         """Takes what `load_item_table` built.
 
         Args:
             encoder: The one that encoded the rows.
             index: Says which row an item has.
             rows: Made read-only.
+            file: In which index and rows lie, if they do.
         """
+        self.file = file
         self._encoder = encoder
         self._index = index
         self._ids, self._dense, self._keys = rows.ids, rows.dense, rows.keys
@@ -187,7 +196,7 @@ def create_item_file(path: Path, *, index: ItemIndex, encoder: Encoder) -> ItemR
 def map_item_file(path: Path, encoder: Encoder) -> ItemTable:
     """The table in a file, read where it lies: processes that map it hold it once together.
 
-    All pages are touched once, so that the first requests need not wait for them.
+    The table's `file` is to be closed, by a thread, once nobody uses the table any more.
 
     Args:
         path: Made by `create_item_file`, its rows by an equal encoder.
@@ -197,13 +206,12 @@ def map_item_file(path: Path, encoder: Encoder) -> ItemTable:
         OSError: It cannot be mapped.
         ValueError: It is another kind of file.
     """
-    with path.open("rb") as file:
-        if file.readline() != _MAGIC:
-            raise ValueError(f"{path} is no item table of this version")
-        header = json.loads(file.readline())
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    np.frombuffer(mapped, np.uint8)[::_PAGE].max()
-    arrays = _arrays(mapped, header["arrays"])
+    file = MappedFile(path)
+    if file.memory.readline() != _MAGIC:
+        file.close()
+        raise ValueError(f"{path} is no item table of this version")
+    header = json.loads(file.memory.readline())
+    arrays = _arrays(file.memory, header["arrays"])
     index = ItemIndex(
         num_items=header["num_items"],
         seed=header["seed"],
@@ -213,7 +221,7 @@ def map_item_file(path: Path, encoder: Encoder) -> ItemTable:
         checks=arrays["checks"],
     )
     rows = ItemRows(ids=arrays["ids"], dense=arrays["dense"], keys=arrays["keys"])
-    return ItemTable(encoder, index=index, rows=rows)
+    return ItemTable(encoder, index=index, rows=rows, file=file)
 
 
 def _arrays(mapped: mmap.mmap, entries: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:

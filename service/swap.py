@@ -152,7 +152,24 @@ class Swapper:
         return False
 
     async def _swap_all(self, found: _Sources) -> None:
-        serving, old = await self._open(found), self._serving
+        await self._replace(await self._open(found))
+
+    async def _swap_items(self, found: _Sources) -> None:
+        assert self._serving is not None  # `start` has set it.
+        state = await with_items(
+            self._serving.state,
+            self._settings.item_snapshot,
+            bundle_path=found.bundle.path,
+            open_items=self._open_items,
+        )
+        await self._replace(_Serving(sources=found, state=state, batcher=self._serving.batcher))
+
+    async def _replace(self, serving: _Serving) -> None:
+        """Puts the new state in service, and ends what the old one has of its own.
+
+        That is done when the last request has left it.
+        """
+        old = self._serving
         assert old is not None  # `start` has set it.
         is_left = asyncio.Event()
         weakref.finalize(
@@ -166,20 +183,14 @@ class Swapper:
             async with asyncio.timeout(self._settings.limits.max_timeout_ms / 500 + _MARGIN_S):
                 await is_left.wait()
         except TimeoutError:
-            _log.warning("the scorer of the bundle before was still held; its runtime is closed")
+            _log.warning("what was in service is still held by something; it is closed anyway")
         finally:
-            await self._close(old)
-
-    async def _swap_items(self, found: _Sources) -> None:
-        serving = self._serving
-        assert serving is not None  # `start` has set it.
-        state = await with_items(
-            serving.state,
-            self._settings.item_snapshot,
-            bundle_path=found.bundle.path,
-            open_items=self._open_items,
-        )
-        self._serve(_Serving(sources=found, state=state, batcher=serving.batcher))
+            if old.batcher is not serving.batcher:
+                await self._close(old)
+            file = old.state.items.file
+            del old
+            if file is not None:
+                await asyncio.to_thread(file.close)
 
     async def _close(self, serving: _Serving) -> None:
         await serving.batcher.close(self._settings.drain_timeout_ms / 1000)
