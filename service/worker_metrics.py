@@ -135,7 +135,7 @@ def merge(reports: Iterable[Report]) -> list[Family]:
     merged: list[Family] = []
     for report in reports:
         told = [_labelled(f, report) if f.kind == "gauge" else f for f in report.families]
-        merged = add(merged, [f for f in told if f.samples])
+        merged = add(merged, [f for f in told if f.samples or report.is_live])
     return merged
 
 

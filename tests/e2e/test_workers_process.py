@@ -1,0 +1,166 @@
+"""`ctr serve --workers N` as processes: one port, one /metrics, one end; and memory over swaps."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from test_serve_process import (
+    BODY,
+    LIMIT_S,
+    Served,
+    command,
+    environment,
+    is_refused,
+    serving,
+    wait_until,
+)
+
+pytestmark = pytest.mark.process
+
+QUIET = {"CTR_STORE__URL": "memory://", "CTR_RELOAD_POLL_S": 0, "CTR_DRAIN_DELAY_MS": 0}
+
+
+@pytest.fixture
+def served(tmp_path: Path, tiny_bundle: Path, tiny_items: Path) -> Iterator[Served]:
+    with serving(tmp_path, tiny_bundle, tiny_items, CTR_WORKERS=2, **QUIET) as process:
+        yield process
+        process.process.terminate()
+        process.wait()  # Workers, too, have its stderr.
+
+
+def workers(served: Served) -> list[psutil.Process]:
+    found = psutil.Process(served.process.pid).children()
+    return [child for child in found if "service.worker" in child.cmdline()]
+
+
+def score_on_new_connections(served: Served, times: int) -> None:
+    for _ in range(times):
+        assert httpx.post(f"{served.url}/score", json=BODY).status_code == 200
+
+
+def metric(served: Served, series: str) -> float | None:
+    text = httpx.get(f"{served.url}/metrics").text
+    found = re.search(rf"^{re.escape(series)} (\S+)$", text, re.M)
+    return None if found is None else float(found[1])
+
+
+def listening_pids(port: int) -> set[int | None]:
+    return {
+        connection.pid
+        for connection in psutil.net_connections("tcp4")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+    }
+
+
+def test_each_worker_listens_and_any_tells_all(served: Served) -> None:
+    pids = {worker.pid for worker in workers(served)}
+    score_on_new_connections(served, 20)
+    told = {metric(served, "scoring_candidates_total") for _ in range(8)}
+
+    assert len(pids) == 2
+    assert listening_pids(served.port) == pids
+    assert told == {60.0}
+
+
+def test_killed_worker_is_started_again_and_counters_go_on(served: Served) -> None:
+    score_on_new_connections(served, 10)
+    assert metric(served, "scoring_candidates_total") == 30
+    before = {worker.pid for worker in workers(served)}
+    workers(served)[0].kill()
+    told: list[float | None] = []
+
+    def is_back() -> bool:
+        try:
+            told.append(metric(served, "scoring_candidates_total"))
+            return metric(served, "scoring_worker_restarts_total") == 1
+        except httpx.TransportError:
+            return False  # Connections that the kernel had given to the killed one.
+
+    wait_until(is_back)
+    score_on_new_connections(served, 10)
+
+    assert set(told) == {30.0}
+    assert metric(served, "scoring_candidates_total") == 60
+    assert len({worker.pid for worker in workers(served)} & before) == 1
+
+
+def test_sigterm_drains_all_workers(served: Served) -> None:
+    children = workers(served)
+    served.process.send_signal(signal.SIGTERM)
+
+    assert served.wait() == 0
+    assert [child for child in children if child.is_running()] == []
+    assert sum("SIGTERM: draining" in line for line in served.lines) == 2
+
+
+def test_sighup_reaches_all_workers(served: Served) -> None:
+    served.process.send_signal(signal.SIGHUP)
+
+    wait_until(lambda: metric(served, 'scoring_swaps_total{part="bundle"}') == 2)
+
+
+def test_workers_leave_if_their_supervisor_is_killed(served: Served) -> None:
+    children = workers(served)
+    served.process.kill()
+
+    wait_until(lambda: not any(child.is_running() for child in children))
+    assert is_refused(served.port)
+
+
+def run(tmp_path: Path, *arguments: object) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        command("serve", "--workers", 3, *arguments),
+        env=environment(tmp_path, CTR_LOG_LEVEL="error", **QUIET),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+
+
+def test_bundle_that_cannot_be_served_is_told_once(tmp_path: Path, tiny_bundle: Path) -> None:
+    done = run(tmp_path, "--bundle", tmp_path / "absent", "--port", 0)
+
+    assert done.returncode == 3
+    assert done.stderr.count("\n") == 1
+    assert "no bundle at" in done.stderr
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_taken_port_is_told_once(tmp_path: Path, tiny_bundle: Path, is_shared: bool) -> None:
+    with socket.socket() as taken:
+        if is_shared:
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = run(tmp_path, "--bundle", tiny_bundle, "--port", port)
+
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"ctr: CTR_HOST, CTR_PORT: cannot listen on 127.0.0.1:{port}: {os.strerror(98)}\n"
+    )
+
+
+def test_memory_is_flat_over_50_swaps(tmp_path: Path, tiny_bundle: Path, tiny_items: Path) -> None:
+    with serving(tmp_path, tiny_bundle, tiny_items, **QUIET) as served:
+        process = psutil.Process(served.process.pid)
+        sizes = []
+        for number in range(1, 61):
+            served.process.send_signal(signal.SIGHUP)
+            wait_until(
+                lambda wanted=number: metric(served, 'scoring_swaps_total{part="bundle"}') == wanted
+            )
+            sizes.append(process.memory_info().rss)
+        num_threads = process.num_threads()
+
+    assert sizes[-1] - sizes[9] < 20 << 20
+    assert num_threads < 16
