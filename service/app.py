@@ -8,12 +8,16 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
+from model.contract.blocks import Blocks
 from service.api import RequestIdMiddleware, ServiceStatus, add_routes
+from service.batcher import MicroBatcher
 from service.errors import StoreError, StoreMisconfigured
 from service.item_files import ItemOpener, open_in_memory
 from service.observe import Metrics
+from service.runtime import Outputs
 from service.scorer import Scorer
 from service.settings import Settings
+from service.state import ServingState
 from service.stores import open_store
 from service.stores.base import OnlineStore
 from service.swap import Swapper
@@ -66,18 +70,7 @@ def create_app(
             stack.push_async_callback(store.aclose)
             await _check_store(store)
             if settings.bundle is not None:
-                swapper = Swapper(
-                    status,
-                    settings=settings,
-                    open_items=open_items,
-                    make_scorer=lambda state, batcher: Scorer(
-                        state,
-                        store=store,
-                        batcher=batcher,
-                        metrics=metrics,
-                        settings=settings.store,
-                    ),
-                )
+                swapper = _make_swapper(status, settings, store=store, open_items=open_items)
                 stack.push_async_callback(swapper.aclose)
                 await swapper.start()
                 app.state.reload = swapper.request
@@ -94,6 +87,17 @@ def create_app(
     )
     add_routes(app, status, limits=settings.limits)
     return app
+
+
+def _make_swapper(
+    status: ServiceStatus, settings: Settings, *, store: OnlineStore, open_items: ItemOpener
+) -> Swapper:
+    def make_scorer(state: ServingState, batcher: MicroBatcher[Blocks, Outputs]) -> Scorer:
+        return Scorer(
+            state, store=store, batcher=batcher, metrics=status.metrics, settings=settings.store
+        )
+
+    return Swapper(status, settings=settings, open_items=open_items, make_scorer=make_scorer)
 
 
 async def _check_store(store: OnlineStore) -> None:

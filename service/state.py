@@ -112,6 +112,7 @@ async def with_items(
         LogError: The item snapshot is missing or damaged.
     """
     items = await _open(item_snapshot, open_items, bundle_path, state.manifest, state.encoder)
+    _log.info("bundle %s: %d items encoded", state.manifest.bundle_id, len(items))
     return replace(state, items=items, features=FeatureSource(state.encoder, items))
 
 

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -24,15 +25,32 @@ from test_serve_process import (
 
 pytestmark = pytest.mark.process
 
+CANDIDATES = "scoring_candidates_total"
+SWAPS = 'scoring_swaps_total{part="bundle"}'
 QUIET = {"CTR_STORE__URL": "memory://", "CTR_RELOAD_POLL_S": 0, "CTR_DRAIN_DELAY_MS": 0}
+
+
+@contextmanager
+def two_workers(tmp_path: Path, bundle: Path, items: Path) -> Iterator[Served]:
+    with serving(tmp_path, bundle, items, CTR_WORKERS=2, **QUIET) as process:
+        yield process
+        process.process.terminate()
+        process.wait()  # Workers, too, have its stderr.
 
 
 @pytest.fixture
 def served(tmp_path: Path, tiny_bundle: Path, tiny_items: Path) -> Iterator[Served]:
-    with serving(tmp_path, tiny_bundle, tiny_items, CTR_WORKERS=2, **QUIET) as process:
+    with two_workers(tmp_path, tiny_bundle, tiny_items) as process:
         yield process
-        process.process.terminate()
-        process.wait()  # Workers, too, have its stderr.
+
+
+@pytest.fixture(scope="module")
+def shared(
+    tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path, tiny_items: Path
+) -> Iterator[Served]:
+    """For tests that leave it with two workers, whatever they have counted."""
+    with two_workers(tmp_path_factory.mktemp("workers"), tiny_bundle, tiny_items) as process:
+        yield process
 
 
 def workers(served: Served) -> list[psutil.Process]:
@@ -45,10 +63,11 @@ def score_on_new_connections(served: Served, times: int) -> None:
         assert httpx.post(f"{served.url}/score", json=BODY).status_code == 200
 
 
-def metric(served: Served, series: str) -> float | None:
+def metric(served: Served, series: str) -> float:
     text = httpx.get(f"{served.url}/metrics").text
     found = re.search(rf"^{re.escape(series)} (\S+)$", text, re.M)
-    return None if found is None else float(found[1])
+    assert found is not None, series
+    return float(found[1])
 
 
 def listening_pids(port: int) -> set[int | None]:
@@ -59,36 +78,44 @@ def listening_pids(port: int) -> set[int | None]:
     }
 
 
-def test_each_worker_listens_and_any_tells_all(served: Served) -> None:
-    pids = {worker.pid for worker in workers(served)}
-    score_on_new_connections(served, 20)
-    told = {metric(served, "scoring_candidates_total") for _ in range(8)}
+def test_each_worker_listens_and_any_tells_all(shared: Served) -> None:
+    before = metric(shared, CANDIDATES)
+    score_on_new_connections(shared, 20)
+    told = {metric(shared, CANDIDATES) for _ in range(8)}
 
+    pids = {worker.pid for worker in workers(shared)}
     assert len(pids) == 2
-    assert listening_pids(served.port) == pids
-    assert told == {60.0}
+    assert listening_pids(shared.port) == pids
+    assert told == {before + 60}
 
 
-def test_killed_worker_is_started_again_and_counters_go_on(served: Served) -> None:
-    score_on_new_connections(served, 10)
-    assert metric(served, "scoring_candidates_total") == 30
-    before = {worker.pid for worker in workers(served)}
-    workers(served)[0].kill()
-    told: list[float | None] = []
+def test_killed_worker_is_started_again_and_counters_go_on(shared: Served) -> None:
+    score_on_new_connections(shared, 10)
+    before = metric(shared, CANDIDATES)
+    pids = {worker.pid for worker in workers(shared)}
+    workers(shared)[0].kill()
+    told: list[float] = []
 
     def is_back() -> bool:
         try:
-            told.append(metric(served, "scoring_candidates_total"))
-            return metric(served, "scoring_worker_restarts_total") == 1
+            told.append(metric(shared, CANDIDATES))
+            return metric(shared, "scoring_worker_restarts_total") == 1
         except httpx.TransportError:
             return False  # Connections that the kernel had given to the killed one.
 
     wait_until(is_back)
-    score_on_new_connections(served, 10)
+    score_on_new_connections(shared, 10)
 
-    assert set(told) == {30.0}
-    assert metric(served, "scoring_candidates_total") == 60
-    assert len({worker.pid for worker in workers(served)} & before) == 1
+    assert set(told) == {before}
+    assert metric(shared, CANDIDATES) == before + 30
+    assert len({worker.pid for worker in workers(shared)} & pids) == 1
+
+
+def test_sighup_reaches_all_workers(shared: Served) -> None:
+    before = metric(shared, SWAPS)
+    shared.process.send_signal(signal.SIGHUP)
+
+    wait_until(lambda: metric(shared, SWAPS) == before + 2)
 
 
 def test_sigterm_drains_all_workers(served: Served) -> None:
@@ -98,12 +125,6 @@ def test_sigterm_drains_all_workers(served: Served) -> None:
     assert served.wait() == 0
     assert [child for child in children if child.is_running()] == []
     assert sum("SIGTERM: draining" in line for line in served.lines) == 2
-
-
-def test_sighup_reaches_all_workers(served: Served) -> None:
-    served.process.send_signal(signal.SIGHUP)
-
-    wait_until(lambda: metric(served, 'scoring_swaps_total{part="bundle"}') == 2)
 
 
 def test_workers_leave_if_their_supervisor_is_killed(served: Served) -> None:
@@ -156,9 +177,7 @@ def test_memory_is_flat_over_50_swaps(tmp_path: Path, tiny_bundle: Path, tiny_it
         sizes = []
         for number in range(1, 61):
             served.process.send_signal(signal.SIGHUP)
-            wait_until(
-                lambda wanted=number: metric(served, 'scoring_swaps_total{part="bundle"}') == wanted
-            )
+            wait_until(lambda wanted=number: metric(served, SWAPS) == wanted)
             sizes.append(process.memory_info().rss)
         num_threads = process.num_threads()
 
