@@ -80,11 +80,7 @@ def create_app(
     app = FastAPI(lifespan=lifespan, redirect_slashes=False)
     app.state.status = status
     app.state.reload = lambda: None
-    app.add_middleware(
-        RequestIdMiddleware,
-        status=status,
-        new_id=lambda: uuid.uuid4().hex,
-    )
+    app.add_middleware(RequestIdMiddleware, status=status, new_id=lambda: uuid.uuid4().hex)
     add_routes(app, status, limits=settings.limits)
     return app
 

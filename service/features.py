@@ -5,6 +5,7 @@ Pure computation on the event loop: no store, no model, no HTTP.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from model.contract.ids import canonical_id
 from model.contract.record import HistoryEntries, Keys, RecentEntries, UserRecord, look_up
 from model.contract.spec import Feature, History, Match, Recent, raw_columns
 from service.errors import InvalidRequest
+from service.item_index import Ids
 from service.items import ItemTable
 
 Id = str | int | float
@@ -278,10 +280,9 @@ def _columns_of(features: Iterable[Feature]) -> frozenset[str]:
     return frozenset(name for feature in features for name in raw_columns(feature))
 
 
-def _canonical_item_ids(candidates: Candidates) -> Sequence[str]:
-    kinds = set(map(type, candidates.item_ids))
-    if kinds == {int}:
-        return list(map(str, candidates.item_ids))
+def _canonical_item_ids(candidates: Candidates) -> Ids:
+    if set(map(type, candidates.item_ids)) == {int}:
+        return cast(Sequence[int], candidates.item_ids)
     item_ids: list[str] = []
     for row, item_id in enumerate(candidates.item_ids):
         try:

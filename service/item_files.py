@@ -9,8 +9,7 @@ import fcntl
 import hashlib
 import subprocess
 import sys
-import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -71,13 +70,6 @@ class ItemFiles:
         """
         self._directory = directory
         self._log_level = log_level
-
-    @classmethod
-    @contextlib.contextmanager
-    def temporary(cls, *, log_level: str) -> "Iterator[ItemFiles]":
-        """In a directory that is removed at the end; tables still mapped stay usable."""
-        with tempfile.TemporaryDirectory(prefix="ctr-items-") as directory:
-            yield cls(Path(directory), log_level=log_level)
 
     async def __call__(
         self, snapshot: Path, *, bundle_path: Path, manifest: Manifest, encoder: Encoder

@@ -7,6 +7,7 @@ themselves where all of them are 64-bit integers, else 128-bit digests of their 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import repeat
 from typing import Any
 
@@ -91,7 +92,7 @@ class ItemIndex:
         return rows
 
     def _find_keys(self, ids: npt.NDArray[np.int64]) -> Rows:
-        rows = self._window_rows(_products(ids, self.seed), ids)
+        rows = self._window_rows(ids.view(np.uint64) * self._multiplier, ids)
         rows[self.keys.take(rows) != ids] = self.num_items
         return rows
 
@@ -106,11 +107,23 @@ class ItemIndex:
         return rows
 
     def _window_rows(self, hashes: Words, keys: npt.NDArray[Any]) -> Rows:
-        shift = np.uint64(_WORD_BITS - (len(self.starts).bit_length() - 1))
-        starts = self.starts.take((hashes >> shift).view(np.int64))
-        windows = self.keys.take(starts[:, None] + np.arange(self.window))
+        starts = self.starts.take((hashes >> self._shift).view(np.int64))
+        windows = self.keys.take(starts[:, None] + self._offsets)
         rows: Rows = starts + (windows == keys[:, None]).argmax(axis=1)
         return rows
+
+    # Made once: numpy's scalars and small arrays cost as much as a step of the look-up.
+    @cached_property
+    def _multiplier(self) -> np.uint64:
+        return np.uint64(self.seed)
+
+    @cached_property
+    def _shift(self) -> np.uint64:
+        return np.uint64(_WORD_BITS - (len(self.starts).bit_length() - 1))
+
+    @cached_property
+    def _offsets(self) -> npt.NDArray[np.int32]:
+        return np.arange(self.window, dtype=np.int32)
 
 
 def build_index(ids: npt.NDArray[np.int64] | Sequence[str]) -> tuple[ItemIndex, Rows]:

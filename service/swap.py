@@ -172,7 +172,7 @@ class Swapper:
         old = self._serving
         assert old is not None  # `start` has set it.
         is_left = asyncio.Event()
-        weakref.finalize(
+        leaving = weakref.finalize(
             self._status.require_scorer(),
             asyncio.get_running_loop().call_soon_threadsafe,
             is_left.set,
@@ -185,6 +185,7 @@ class Swapper:
         except TimeoutError:
             _log.warning("what was in service is still held by something; it is closed anyway")
         finally:
+            leaving.detach()
             if old.batcher is not serving.batcher:
                 await self._close(old)
             file = old.state.items.file

@@ -5,7 +5,6 @@ import contextlib
 import json
 import logging
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -65,16 +64,18 @@ def serve(
 
 
 def _serve(settings: Settings, announce: Callable[[str], None]) -> int:
-    if settings.workers > 1:
-        from service.supervisor import Supervisor
+    from service.run_directory import run_directory
 
-        with tempfile.TemporaryDirectory(prefix="ctr-") as directory:
-            return Supervisor(settings, directory=Path(directory), announce=announce).run()
-    from service.app import create_app
-    from service.item_files import ItemFiles
-    from service.server import run_server
+    with run_directory() as directory:
+        if settings.workers > 1:
+            from service.supervisor import Supervisor
 
-    with ItemFiles.temporary(log_level=settings.log_level) as open_items:
+            return Supervisor(settings, directory=directory, announce=announce).run()
+        from service.app import create_app
+        from service.item_files import ItemFiles
+        from service.server import run_server
+
+        open_items = ItemFiles(directory, log_level=settings.log_level)
         app = create_app(settings, open_items=open_items)
         return run_server(app, settings, announce=announce)
 
