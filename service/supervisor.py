@@ -178,4 +178,6 @@ class Supervisor:
                 code = worker.process.wait()
                 codes.append(code if code >= 0 else 128 - code)
         # The worker that could not start comes before those that had to leave because of it.
-        return next((code for code in codes if code not in (0, 128 + signal.SIGTERM)), max(codes))
+        return next(
+            (code for code in codes if code not in (0, 128 + signal.SIGTERM)), max(codes, default=0)
+        )

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import polars as pl
 import psutil
 import pytest
 from test_serve_process import (
@@ -45,11 +47,17 @@ def served(tmp_path: Path, tiny_bundle: Path, tiny_items: Path) -> Iterator[Serv
 
 
 @pytest.fixture(scope="module")
+def snapshot(tmp_path_factory: pytest.TempPathFactory, tiny_items: Path) -> Path:
+    """The snapshot of `shared`, which a test may replace."""
+    return Path(shutil.copy(tiny_items, tmp_path_factory.mktemp("snapshot")))
+
+
+@pytest.fixture(scope="module")
 def shared(
-    tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path, tiny_items: Path
+    tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path, snapshot: Path
 ) -> Iterator[Served]:
     """For tests that leave it with two workers, whatever they have counted."""
-    with two_workers(tmp_path_factory.mktemp("workers"), tiny_bundle, tiny_items) as process:
+    with two_workers(tmp_path_factory.mktemp("workers"), tiny_bundle, snapshot) as process:
         yield process
 
 
@@ -111,11 +119,14 @@ def test_killed_worker_is_started_again_and_counters_go_on(shared: Served) -> No
     assert len({worker.pid for worker in workers(shared)} & pids) == 1
 
 
-def test_sighup_reaches_all_workers(shared: Served) -> None:
+def test_sighup_gives_all_workers_the_new_items(shared: Served, snapshot: Path) -> None:
     before = metric(shared, SWAPS)
+    pl.DataFrame({"item_id": [1, 2, 3, 4, 5]}).write_parquet(snapshot)
     shared.process.send_signal(signal.SIGHUP)
 
     wait_until(lambda: metric(shared, SWAPS) == before + 2)
+    rows = [metric(shared, f'scoring_item_table_rows{{worker="{w}"}}') for w in (0, 1)]
+    assert rows == [5, 5]
 
 
 def test_sigterm_drains_all_workers(served: Served) -> None:

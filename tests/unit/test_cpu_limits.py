@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest
 
 from service.cpu_limits import CpuLimits, read_cpu_limits
+from service.settings import load_settings
+from service.verbs import _fit_to_cpu
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -64,3 +66,20 @@ def test_cores_are_the_smaller_of_the_two(
     limits = CpuLimits(affinity, quota)
 
     assert (limits.cores, limits.whole_cores) == (cores, whole)
+
+
+def test_no_workers_are_one_per_core() -> None:
+    fitted = _fit_to_cpu(load_settings(workers=0))
+
+    assert fitted.workers == read_cpu_limits().whole_cores
+
+
+def test_more_threads_than_cores_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    num_cores = read_cpu_limits().whole_cores
+    batch = {"num_runners": 2, "intra_op_threads": 3}
+
+    fitted = _fit_to_cpu(load_settings(workers=num_cores, batch=batch))
+
+    (warning,) = caplog.messages
+    assert warning.startswith(f"{num_cores} workers x 2 runners x 3 threads are more than the")
+    assert fitted.workers == num_cores
