@@ -68,7 +68,8 @@ def workers(served: Served) -> list[psutil.Process]:
 
 def score_on_new_connections(served: Served, times: int) -> None:
     for _ in range(times):
-        assert httpx.post(f"{served.url}/score", json=BODY).status_code == 200
+        body = {**BODY, "timeout_ms": 2000}
+        assert httpx.post(f"{served.url}/score", json=body).status_code == 200
 
 
 def metric(served: Served, series: str) -> float:
