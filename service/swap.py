@@ -143,7 +143,7 @@ class Swapper:
                 await self._swap_items(found)
         except ContractError as exc:
             _log.error("refused, what is in service stays: %s", exc)
-        except Exception:  # noqa: BLE001 - the task's outer edge: logged, counted, tried again
+        except Exception:  # noqa: BLE001 - the outer edge of the task: logged and counted
             _log.exception("nothing new could be loaded, what is in service stays")
         else:
             self._status.metrics.swapped(part)
