@@ -9,6 +9,7 @@ while it does not answer, and a worker started in its place goes on from it.
 """
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -85,7 +86,9 @@ class WorkerMetrics:
         others = [worker for worker in range(self._num_workers) if worker != self._worker]
         reports = await asyncio.gather(*map(self._ask, others))
         own = _DECODER.decode(await self._tell())
-        return render_families(merge([Report(self._worker, True, own), *reports]))
+        merged = merge([Report(self._worker, True, own), *reports])
+        await asyncio.sleep(0)  # Each half holds the loop for milliseconds: requests go between.
+        return render_families(merged)
 
     async def _tell(self) -> bytes:
         told = msgspec.msgpack.encode(add(self._before, self._metrics.families()))
@@ -132,26 +135,30 @@ class WorkerMetrics:
 
 def merge(reports: Iterable[Report]) -> list[Family]:
     """Puts the workers' values together; a worker that is not live has no gauges but ready = 0."""
-    merged: list[Family] = []
-    for report in reports:
-        told = [_labelled(f, report) if f.kind == "gauge" else f for f in report.families]
-        merged = add(merged, [f for f in told if f.samples or report.is_live])
-    return merged
+    told = (
+        [_labelled(f, report) if f.kind == "gauge" else f for f in report.families]
+        for report in reports
+    )
+    return add(*told)
 
 
-def add(first: Sequence[Family], second: Sequence[Family]) -> list[Family]:
-    """Sums equal samples of two lists of families; order as they come."""
-    families = {f.name: Family(f.name, f.text, f.kind, list(f.samples)) for f in first}
-    for family in second:
-        known = families.setdefault(family.name, Family(family.name, family.text, family.kind, []))
-        places = {_key(sample): place for place, sample in enumerate(known.samples)}
-        for sample in family.samples:
-            place = places.get(_key(sample))
-            if place is None:
-                known.samples.append(sample)
+def add(*reports: Sequence[Family]) -> list[Family]:
+    """Sums equal samples of lists of families; order as they come."""
+    families: dict[str, Family] = {}
+    # By family, name and labels: where the sample is. Labels come in one order from one program.
+    places: dict[tuple[object, ...], int] = {}
+    for family in itertools.chain.from_iterable(reports):
+        known = families.get(family.name)
+        if known is None:
+            known = families[family.name] = Family(family.name, family.text, family.kind, [])
+        samples = known.samples
+        for name, labels, value in family.samples:
+            key = (family.name, name, *labels.items())
+            place = places.setdefault(key, len(samples))
+            if place == len(samples):
+                samples.append((name, labels, value))
             else:
-                name, labels, value = known.samples[place]
-                known.samples[place] = (name, labels, value + sample[2])
+                samples[place] = (name, labels, samples[place][2] + value)
     return list(families.values())
 
 
@@ -167,8 +174,3 @@ def _labelled(family: Family, report: Report) -> Family:
         if report.is_live or name == _READY
     ]
     return Family(family.name, family.text, family.kind, samples)
-
-
-def _key(sample: tuple[str, dict[str, str], float]) -> tuple[str, ...]:
-    name, labels, _ = sample
-    return (name, *(part for pair in sorted(labels.items()) for part in pair))
