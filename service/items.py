@@ -183,8 +183,10 @@ def create_item_file(path: Path, *, index: ItemIndex, encoder: Encoder) -> ItemR
         "arrays": entries,
     }
     with path.open("wb+") as file:
-        # Reserved now: a mapped page for which there is no room would kill the process instead.
-        os.posix_fallocate(file.fileno(), 0, offset)
+        file.truncate(offset)
+        if hasattr(os, "posix_fallocate"):
+            # Without it a mapped page for which there is no room would kill the process.
+            os.posix_fallocate(file.fileno(), 0, offset)
         file.write(_MAGIC + json.dumps(header).encode() + b"\n")
         file.flush()
         arrays = _arrays(mmap.mmap(file.fileno(), 0), entries)
