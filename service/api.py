@@ -8,7 +8,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,8 @@ class ServiceStatus:
         self.metrics = metrics
         self.scorer: Scorer | None = None
         self.is_draining = False
+        # Of this process; several workers put one in its place that tells of all of them.
+        self.render_metrics: Callable[[], Awaitable[bytes]] = self._render_metrics
 
     def model_wait_s(self) -> float:
         """Predicted seconds until the model will have run what it was given; 0 without one."""
@@ -117,6 +119,9 @@ class ServiceStatus:
         if self.is_draining:
             raise self._unavailable()
         return self.require_scorer()
+
+    async def _render_metrics(self) -> bytes:
+        return self.metrics.render()
 
     def _unavailable(self) -> ServiceError:
         if self.is_draining:
@@ -308,8 +313,7 @@ def add_routes(
 
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:
-        status.metrics.wait_predicted(seconds=gate.predicted_wait_s)
-        return Response(status.metrics.render(), media_type=CONTENT_TYPE)
+        return Response(await status.render_metrics(), media_type=CONTENT_TYPE)
 
     @app.exception_handler(ServiceError)
     async def on_service_error(request: Request, exc: Exception) -> Response:

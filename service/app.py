@@ -1,9 +1,8 @@
 """Builds the service from its settings and takes it down again in reverse order."""
 
-import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI
@@ -15,13 +14,16 @@ from service.api import ScoringApp, ServiceStatus, add_routes
 from service.batcher import MicroBatcher
 from service.errors import StoreError, StoreMisconfigured
 from service.gate import Gate
+from service.item_files import ItemOpener, open_in_memory
 from service.observe import Metrics
 from service.runtime import Outputs
 from service.scorer import Scorer
 from service.settings import Settings
-from service.state import ServingState, load_serving_state
+from service.state import ServingState
 from service.stores import open_store
 from service.stores.base import OnlineStore
+from service.swap import Swapper
+from service.worker_metrics import WorkerMetrics
 
 _log = logging.getLogger(__name__)
 
@@ -31,17 +33,22 @@ def create_app(
     *,
     store: OnlineStore | None = None,
     registry: CollectorRegistry | None = None,
+    open_items: ItemOpener = open_in_memory,
+    share_metrics: Callable[[Metrics], WorkerMetrics] | None = None,
 ) -> FastAPI:
     """Makes the app; files and connections are opened by its lifespan, and closed by it.
 
     `app.state.status` is its `ServiceStatus`, for the server that drains it, and `app.state.gate`
-    its `Gate`, for a protocol that refuses requests before the app sees them.
+    its `Gate`, for a protocol that refuses requests before the app sees them. `app.state.reload()`
+    asks for the bundle and the items to be loaded again.
 
     Args:
         settings: Without `store.url`, a store must be given. Without `bundle`, the service runs
             and is not ready.
         store: In place of the one that `settings.store.url` names; closed with the app.
         registry: For the metrics; None makes one of the app's own.
+        open_items: Makes item tables.
+        share_metrics: For one of several workers; None answers /metrics for this process alone.
 
     Raises:
         StoreMisconfigured: Neither a store nor its URL is given, or the URL is not understood.
@@ -59,57 +66,52 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        del app
         async with AsyncExitStack() as stack:
+            if share_metrics is not None:
+                shared = await stack.enter_async_context(share_metrics(metrics))
+                status.render_metrics = shared.render
             stack.push_async_callback(store.aclose)
             await _check_store(store)
             if settings.bundle is not None:
-                state = await asyncio.to_thread(
-                    load_serving_state,
-                    settings.bundle,
-                    settings.item_snapshot,
-                    batch=settings.batch,
-                )
-                stack.callback(state.runtime.close)
-                batcher = state.make_batcher(batch=settings.batch, observer=metrics)
-                stack.push_async_callback(batcher.close, settings.drain_timeout_ms / 1000)
-                _serve(state, status, batcher=batcher, store=store, settings=settings)
-                stack.callback(status.set_scorer, None)
+                swapper = _make_swapper(status, settings, store=store, open_items=open_items)
+                stack.push_async_callback(swapper.aclose)
+                await swapper.start()
+                app.state.reload = swapper.request
             yield
             status.begin_drain()
 
     app = ScoringApp(lifespan=lifespan, redirect_slashes=False)
     app.state.status = status
+    app.state.reload = lambda: None
     app.state.gate = gate = _make_gate(status, settings)
     add_routes(app, status, limits=settings.limits, gate=gate, new_id=_new_request_id)
     return app
 
 
 def _make_gate(status: ServiceStatus, settings: Settings) -> Gate:
-    return Gate(
+    gate = Gate(
         Admission(),
         model_wait_s=status.model_wait_s,
         metrics=status.metrics,
         limits=settings.limits,
     )
+    status.metrics.wait_predicted(lambda: gate.predicted_wait_s)
+    return gate
 
 
-def _serve(
-    state: ServingState,
-    status: ServiceStatus,
-    *,
-    batcher: MicroBatcher[Blocks, Outputs],
-    store: OnlineStore,
-    settings: Settings,
-) -> None:
-    status.metrics.bundle_served(
-        bundle=state.manifest.bundle_id, schema=state.manifest.schema_sha256
-    )
-    status.metrics.run_cost_known(state.cost)
-    status.metrics.item_table_changed(rows=len(state.items))
-    status.set_scorer(
-        Scorer(state, store=store, batcher=batcher, metrics=status.metrics, settings=settings.store)
-    )
+def _new_request_id() -> str:
+    return os.urandom(16).hex()
+
+
+def _make_swapper(
+    status: ServiceStatus, settings: Settings, *, store: OnlineStore, open_items: ItemOpener
+) -> Swapper:
+    def make_scorer(state: ServingState, batcher: MicroBatcher[Blocks, Outputs]) -> Scorer:
+        return Scorer(
+            state, store=store, batcher=batcher, metrics=status.metrics, settings=settings.store
+        )
+
+    return Swapper(status, settings=settings, open_items=open_items, make_scorer=make_scorer)
 
 
 async def _check_store(store: OnlineStore) -> None:
@@ -120,7 +122,3 @@ async def _check_store(store: OnlineStore) -> None:
     except StoreError as exc:
         # An outage must not keep the fleet from starting: answers are degraded until it ends.
         _log.warning("the online store cannot be reached yet: %s", exc)
-
-
-def _new_request_id() -> str:
-    return os.urandom(16).hex()

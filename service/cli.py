@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from collections.abc import Callable
 
 import click
 
@@ -81,8 +82,13 @@ def cli() -> None:
 
 def main() -> None:
     """Runs the verb on the command line and ends the process with its exit code."""
+    run_and_exit(lambda: cli.main(prog_name="ctr"))
+
+
+def run_and_exit(command: Callable[[], object]) -> None:
+    """Runs a command that ends the process; a known error becomes one line and its exit code."""
     try:
-        cli.main(prog_name="ctr")
+        command()
     except Exception as exc:
         known = _exit_code(exc)
         if known is None:

@@ -19,6 +19,7 @@ from model.contract.recent import RecentColumn
 from model.contract.record import HistoryEntries, Keys, RecentEntries, UserRecord, look_up_many
 from model.contract.spec import Feature, History, Match, Recent, raw_columns
 from service.errors import InvalidRequest
+from service.item_index import Ids
 from service.items import ItemTable
 
 Id = str | int | float
@@ -283,7 +284,7 @@ def _columns_of(features: Iterable[Feature]) -> frozenset[str]:
     return frozenset(name for feature in features for name in raw_columns(feature))
 
 
-def _canonical_item_ids(candidates: Candidates) -> Sequence[str] | Sequence[int]:
+def _canonical_item_ids(candidates: Candidates) -> Ids:
     kinds = set(map(type, candidates.item_ids))
     if kinds == {int}:
         return cast("Sequence[int]", candidates.item_ids)

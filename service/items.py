@@ -1,31 +1,31 @@
-"""The item table: every item of a snapshot encoded once, in memory, found by item id.
+"""The item table: every item of a snapshot encoded once, found by item id.
 
-Knows no request: what a request says of its candidates is written over a copy by the scorer.
+Only arrays, in memory or mapped from a file that several workers share. Knows no request: what a
+request says of its candidates is written over a copy by the scorer.
 """
 
-import logging
-from collections.abc import Sequence
+import json
+import mmap
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
 
 from model.contract.blocks import CandidateBlock
-from model.contract.columns import Column, Columns, Dictionary
+from model.contract.columns import Columns
 from model.contract.encode import Encoder
-from model.contract.errors import EncodeError, LogError
-from model.contract.ids import canonical_id
 from model.contract.record import Keys
-from model.contract.spec import Feature, Numeric
-from service.parquet import reading
+from service.item_index import Ids, ItemIndex, build_index
+from service.mapped_file import MappedFile
 
-_log = logging.getLogger(__name__)
+Arrays = Mapping[str, npt.NDArray[Any]]  # Any: dtypes differ by array
 
-_CHUNK_ROWS = 65_536
+_MAGIC = b"ctr-items-1\n"
+_ALIGNMENT = 64  # bytes: a cache line
 _NO_TIME = np.zeros(1, np.float64)
 
 
@@ -45,6 +45,21 @@ class CandidateRows:
     is_known: npt.NDArray[np.bool_]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ItemRows:
+    """The encoded rows, in the order of the index, and one of defaults at the end.
+
+    Attributes:
+        ids: [n + 1, F] int32, or int64 if a code does not fit.
+        dense: float32 [n + 1, D].
+        keys: uint64 [n + 1, M].
+    """
+
+    ids: npt.NDArray[Any]
+    dense: npt.NDArray[np.float32]
+    keys: Keys
+
+
 class ItemTable:
     """Encoded items and one row of defaults for every other item. Immutable."""
 
@@ -52,38 +67,37 @@ class ItemTable:
         self,
         encoder: Encoder,
         *,
-        index: dict[str, int],
-        ids: npt.NDArray[Any],  # Any: int32, or int64 if a code does not fit
-        dense: npt.NDArray[np.float32],
-        keys: Keys,
+        index: ItemIndex,
+        rows: ItemRows,
+        file: MappedFile | None = None,
     ) -> None:
         """Takes what `load_item_table` built.
 
         Args:
             encoder: The one that encoded the rows.
-            index: Row by canonical item id.
-            ids: [n + 1, F], dense [n + 1, D] and keys [n + 1, M]; the last row is the default.
-            dense: See `ids`.
-            keys: See `ids`.
+            index: Says which row an item has.
+            rows: Made read-only.
+            file: In which index and rows lie, if they do.
         """
+        self.file = file
         self._encoder = encoder
         self._index = index
-        self._ids = ids
-        self._dense = dense
-        self._keys = keys
-        for array in (ids, dense, keys):
+        self._ids, self._dense, self._keys = rows.ids, rows.dense, rows.keys
+        for array in (rows.ids, rows.dense, rows.keys):
             array.setflags(write=False)
 
     def __len__(self) -> int:
         """Number of items, without the default row."""
-        return len(self._index)
+        return self._index.num_items
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the arrays; the index of ids comes on top."""
-        return self._ids.nbytes + self._dense.nbytes + self._keys.nbytes
+        """Bytes of all arrays, those of the index of ids included."""
+        index = self._index
+        arrays = (self._ids, self._dense, self._keys, index.starts, index.keys, index.checks)
+        return sum(array.nbytes for array in arrays)
 
-    def take(self, item_ids: Sequence[str] | Sequence[int]) -> CandidateRows:
+    def take(self, item_ids: Ids) -> CandidateRows:
         """Rows of the items, in the order asked.
 
         An item that is not in the table has defaults, but for what is made from its id alone:
@@ -95,26 +109,19 @@ class ItemTable:
         Raises:
             EncodeError: A feature made from the item id cannot be made from this one.
         """
-        item_ids = list(map(str, item_ids))
-        num_items, num_rows = len(self._index), len(item_ids)
-        rows = np.fromiter(
-            map(self._index.get, item_ids, repeat(num_items)), np.intp, count=num_rows
-        )
+        rows = self._index.find(item_ids)
         block = CandidateBlock(
-            ids=self._ids[rows].astype(np.int64, copy=False), dense=self._dense[rows]
+            ids=self._ids.take(rows, axis=0).astype(np.int64, copy=False),
+            dense=self._dense.take(rows, axis=0),
         )
-        keys = self._keys[rows]
-        is_known = rows != num_items
+        keys = self._keys.take(rows, axis=0)
+        is_known = rows != self._index.num_items
         if not is_known.all():
             self._write_unknown(block, keys, item_ids, np.flatnonzero(~is_known))
         return CandidateRows(block=block, keys=keys, is_known=is_known)
 
     def _write_unknown(
-        self,
-        block: CandidateBlock,
-        keys: Keys,
-        item_ids: Sequence[str],
-        rows: npt.NDArray[np.intp],
+        self, block: CandidateBlock, keys: Keys, item_ids: Ids, rows: npt.NDArray[np.intp]
     ) -> None:
         columns: Columns = {self._encoder.schema.log.item_id: [item_ids[row] for row in rows]}
         unknown = CandidateBlock(ids=block.ids[rows], dense=block.dense[rows])
@@ -125,128 +132,104 @@ class ItemTable:
 
 def empty_item_table(encoder: Encoder) -> ItemTable:
     """A table without items: everything is scored by its id and what the request says."""
-    return _build(encoder, pl.DataFrame(), [], {})
+    index, _ = build_index([])
+    rows = ItemRows(**{name: np.empty(*spec) for name, spec in row_specs(encoder, 0).items()})
+    write_default_row(encoder, rows)
+    return ItemTable(encoder, index=index, rows=rows)
 
 
-def load_item_table(path: Path, encoder: Encoder) -> ItemTable:
-    """Reads an item snapshot (Parquet) and encodes it.
-
-    The snapshot has the schema's item id column and raw columns of item features. Other columns
-    are ignored, and absent features are at their defaults; both are logged once.
-
-    Raises:
-        LogError: The snapshot is missing or damaged, has no item id column, an item without id
-            or twice, or a value that does not fit its feature.
-    """
-    item_id = encoder.schema.log.item_id
-    features = _snapshot_features(encoder)
-    wanted = {item_id, *features}
-    with reading("item snapshot", path):
-        present = pl.read_parquet_schema(path)
-        names = [name for name in present if name in wanted]
-        frame = pl.read_parquet(path, columns=names, glob=False)
-    if item_id not in present:
-        raise LogError(
-            f"item snapshot {path}: no column {item_id!r}, which names the items", path=path
-        )
-    _report_columns(path, ignored=set(present) - wanted, absent=wanted - set(present))
-    index = _index(frame[item_id], path)
-    try:
-        return _build(encoder, frame, list(features.values()), index)
-    except EncodeError as exc:
-        raise LogError(
-            f"item snapshot {path}: column {exc.feature!r}: {exc.reason}", path=path
-        ) from exc
-
-
-def _snapshot_features(encoder: Encoder) -> dict[str, Feature]:
-    item_id = encoder.schema.log.item_id
+def row_specs(
+    encoder: Encoder, num_items: int
+) -> dict[str, tuple[tuple[int, int], "np.dtype[Any]"]]:
+    """Shape and dtype of each array of `ItemRows` for a table of `num_items`."""
+    layout = encoder.candidate_layout
+    largest_code = max((encoder.table_size(name) for name in layout.ids), default=0)
+    fits = largest_code <= np.iinfo(np.int32).max
+    height = num_items + 1
     return {
-        feature.name: feature
-        for feature in encoder.schema.features
-        if feature.scope == "item" and (feature.source == "items" or feature.name == item_id)
+        "ids": ((height, len(layout.ids)), np.dtype(np.int32 if fits else np.int64)),
+        "dense": ((height, len(layout.dense_columns)), np.dtype(np.float32)),
+        "keys": ((height, len(layout.matches)), np.dtype(np.uint64)),
     }
 
 
-def _report_columns(path: Path, *, ignored: set[str], absent: set[str]) -> None:
-    if ignored:
-        _log.info("item snapshot %s: columns not used: %s", path, ", ".join(sorted(ignored)))
-    if absent:
-        _log.warning(
-            "item snapshot %s: no column for %s; defaults are used", path, ", ".join(sorted(absent))
-        )
-
-
-def _index(series: pl.Series, path: Path) -> dict[str, int]:
-    if series.dtype.is_integer():
-        series = series.cast(pl.String)
-    index: dict[str, int] = {}
-    for row, value in enumerate(series.to_list()):
-        try:
-            item_id = canonical_id(value)
-        except TypeError as exc:
-            raise _row_error(path, row, str(exc)) from exc
-        if item_id is None:
-            raise _row_error(path, row, "the item has no id")
-        if index.setdefault(item_id, row) != row:
-            raise _row_error(path, row, f"item {item_id[:40]!r} is there twice")
-    return index
-
-
-def _row_error(path: Path, row: int, reason: str) -> LogError:
-    return LogError(f"item snapshot {path}: row {row}: {reason}", path=path, row_number=row)
-
-
-def _build(
-    encoder: Encoder, frame: pl.DataFrame, features: list[Feature], index: dict[str, int]
-) -> ItemTable:
-    layout = encoder.candidate_layout
-    num_items = len(index)
-    largest_code = max((encoder.table_size(name) for name in layout.ids), default=0)
-    id_type = np.int32 if largest_code <= np.iinfo(np.int32).max else np.int64
+def write_default_row(encoder: Encoder, rows: ItemRows) -> None:
+    """Writes the last row: an item of which nothing is known, not even its id."""
     default = encoder.candidate_block({}, time=_NO_TIME)
-    ids = np.empty((num_items + 1, len(layout.ids)), id_type)
-    dense = np.empty((num_items + 1, len(layout.dense_columns)), np.float32)
-    keys = np.empty((num_items + 1, len(layout.matches)), np.uint64)
-    ids[-1], dense[-1] = default.ids[0], default.dense[0]
-    keys[-1] = encoder.match_keys({}, num_rows=1)[0]
-    for start in range(0, num_items, _CHUNK_ROWS):
-        chunk = frame.slice(start, _CHUNK_ROWS)
-        rows = slice(start, start + len(chunk))
-        columns = _columns(encoder, chunk, features)
-        block = encoder.candidate_block(columns, time=np.zeros(len(chunk), np.float64))
-        ids[rows], dense[rows] = block.ids, block.dense
-        keys[rows] = encoder.match_keys(columns, num_rows=len(chunk))
-    return ItemTable(encoder, index=index, ids=ids, dense=dense, keys=keys)
+    rows.ids[-1], rows.dense[-1] = default.ids[0], default.dense[0]
+    rows.keys[-1] = encoder.match_keys({}, num_rows=1)[0]
 
 
-def _columns(encoder: Encoder, chunk: pl.DataFrame, features: list[Feature]) -> Columns:
-    item_id = encoder.schema.log.item_id
-    columns: dict[str, Column] = {item_id: _id_column(chunk[item_id])}
-    for feature in features:
-        if feature.name in chunk.columns:
-            series = chunk[feature.name]
-            is_number = isinstance(feature, Numeric)
-            columns[feature.name] = _number_column(series) if is_number else _id_column(series)
-    return columns
+def create_item_file(path: Path, *, index: ItemIndex, encoder: Encoder) -> ItemRows:
+    """Makes the file of a table, index written, and returns its rows, mapped, to be filled.
+
+    The file is whole once the rows have been written: give it its name only then.
+
+    Raises:
+        OSError: There is no room, or it cannot be written.
+    """
+    index_arrays = {"starts": index.starts, "index_keys": index.keys, "checks": index.checks}
+    specs = {name: (array.shape, array.dtype) for name, array in index_arrays.items()}
+    specs |= row_specs(encoder, index.num_items)
+    entries, offset = {}, 4096
+    for name, (shape, dtype) in specs.items():
+        entries[name] = {"offset": offset, "shape": list(shape), "dtype": dtype.str}
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        offset += -(-size // _ALIGNMENT) * _ALIGNMENT
+    header = {
+        "num_items": index.num_items,
+        "seed": index.seed,
+        "window": index.window,
+        "arrays": entries,
+    }
+    with path.open("wb+") as file:
+        file.truncate(offset)
+        if hasattr(os, "posix_fallocate"):
+            # Without it a mapped page for which there is no room would kill the process.
+            os.posix_fallocate(file.fileno(), 0, offset)
+        file.write(_MAGIC + json.dumps(header).encode() + b"\n")
+        file.flush()
+        arrays = _arrays(mmap.mmap(file.fileno(), 0), entries)
+    for name, array in index_arrays.items():
+        arrays[name][...] = array
+    return ItemRows(ids=arrays["ids"], dense=arrays["dense"], keys=arrays["keys"])
 
 
-def _number_column(series: pl.Series) -> Column:
-    if series.dtype.is_numeric():
-        return series.cast(pl.Float64).to_numpy()
-    return series.to_list()
+def map_item_file(path: Path, encoder: Encoder) -> ItemTable:
+    """The table in a file, read where it lies: processes that map it hold it once together.
 
+    The table's `file` is to be closed, by a thread, once nobody uses the table any more.
 
-def _id_column(series: pl.Series) -> Column:
-    if series.dtype.is_nested():
-        return series.to_list()
-    values = series.drop_nulls().unique(maintain_order=True).alias("value")
-    positions = values.to_frame().with_row_index("position")
-    index = (
-        series.alias("value")
-        .to_frame()
-        .join(positions, on="value", how="left", maintain_order="left")["position"]
-        .cast(pl.Int64)
-        .fill_null(-1)
+    Args:
+        path: Made by `create_item_file`, its rows by an equal encoder.
+        encoder: Of the bundle.
+
+    Raises:
+        OSError: It cannot be mapped.
+        ValueError: It is another kind of file.
+    """
+    file = MappedFile(path)
+    if file.memory.readline() != _MAGIC:
+        file.close()
+        raise ValueError(f"{path} is no item table of this version")
+    header = json.loads(file.memory.readline())
+    arrays = _arrays(file.memory, header["arrays"])
+    index = ItemIndex(
+        num_items=header["num_items"],
+        seed=header["seed"],
+        window=header["window"],
+        starts=arrays["starts"],
+        keys=arrays["index_keys"],
+        checks=arrays["checks"],
     )
-    return Dictionary(values=values.to_list(), index=index.to_numpy())
+    rows = ItemRows(ids=arrays["ids"], dense=arrays["dense"], keys=arrays["keys"])
+    return ItemTable(encoder, index=index, rows=rows, file=file)
+
+
+def _arrays(mapped: mmap.mmap, entries: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
+    arrays = {}
+    for name, entry in entries.items():
+        count = int(np.prod(entry["shape"], dtype=np.int64))
+        flat = np.frombuffer(mapped, entry["dtype"], count, entry["offset"])
+        arrays[name] = flat.reshape(entry["shape"])
+    return arrays

@@ -8,10 +8,11 @@ type: they are called in `finally`. Labels come from closed sets, so a worker ex
 import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Literal, TextIO, get_args
 
+import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -23,6 +24,7 @@ from service.run_cost import RunCost
 
 Stage = Literal["parse", "features", "encode", "queue", "run", "respond"]
 DegradedReason = Literal["user_features", "stale_user_features"]
+SwapPart = Literal["bundle", "items"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -73,6 +75,15 @@ class Metrics:
         """Current values in the Prometheus text format, of `CONTENT_TYPE`; about 10 us a line."""
         return generate_latest(_WithoutCreated(self._registry))
 
+    def families(self) -> "list[Family]":
+        """Current values, for another process."""
+        return [
+            Family(
+                m.name, m.documentation, m.type, [(s.name, s.labels, s.value) for s in m.samples]
+            )
+            for m in _WithoutCreated(self._registry).collect()
+        ]
+
     def request_finished(self, *, outcome: str, seconds: float, candidates: int = 0) -> None:
         """One scoring request ended.
 
@@ -118,9 +129,9 @@ class Metrics:
         """See `BatchObserver`."""
         self._queue_rows.set(rows)
 
-    def wait_predicted(self, *, seconds: float) -> None:
-        """What admission is decided by, as of now; said before `render`."""
-        self._predicted_wait.set(seconds)
+    def wait_predicted(self, predict: Callable[[], float]) -> None:
+        """Asked at every scrape for what admission is decided by, in seconds."""
+        self._predicted_wait.set_function(predict)
 
     def run_cost_known(self, cost: RunCost) -> None:
         """What model runs cost was measured; the bundle before is forgotten."""
@@ -171,6 +182,22 @@ class Metrics:
     def item_table_changed(self, *, rows: int) -> None:
         """The item table being served has this many items."""
         self._item_table_rows.set(rows)
+
+    def swapped(self, part: SwapPart) -> None:
+        """A whole new state is in service, or one with other items."""
+        self._swaps[part].inc()
+
+    def swap_refused(self, part: SwapPart) -> None:
+        """What should have been put in service is damaged or does not fit."""
+        self._swap_refusals[part].inc()
+
+    def worker_restarted(self, times: int) -> None:
+        """This process stands for a worker that has ended `times` times."""
+        self._worker_restarts.inc(times)
+
+    def worker_silent(self) -> None:
+        """Another worker did not tell its metrics in time."""
+        self._silent_workers.inc()
 
     def _init_requests(self) -> None:
         self._request_seconds = Histograms(
@@ -247,6 +274,19 @@ class Metrics:
         )
         self._ready = self._gauge("ready", "1 while requests are taken")
         self._item_table_rows = self._gauge("item_table_rows", "Items in the item table")
+        parts = get_args(SwapPart)
+        self._swaps = self._counters(
+            "swaps", "Bundles, or items alone, put in service after the first", "part", parts
+        )
+        self._swap_refusals = self._counters(
+            "swaps_refused", "Bundles or items not put in service", "part", parts
+        )
+        self._worker_restarts = self._counter(
+            "worker_restarts", "Workers started again after they had ended"
+        )
+        self._silent_workers = self._counter(
+            "silent_workers", "Times that a worker did not tell the one asked for all metrics"
+        )
 
     def _histogram(self, name: str, text: str, bounds: Sequence[float]) -> Histogram:
         return Histograms(f"scoring_{name}", text, bounds=bounds, registry=self._registry).single
@@ -262,6 +302,32 @@ class Metrics:
     ) -> dict[str, Counter]:
         counter = Counter(f"scoring_{name}_total", text, [label], registry=self._registry)
         return {value: counter.labels(value) for value in values}
+
+
+class Family(msgspec.Struct, array_like=True):
+    """One metric's values, with names and kind as the library has them."""
+
+    name: str
+    text: str
+    kind: str
+    samples: list[tuple[str, dict[str, str], float]]
+
+
+def render_families(families: Iterable[Family]) -> bytes:
+    """The families in the Prometheus text format, of `CONTENT_TYPE`."""
+    return generate_latest(_Families(families))
+
+
+class _Families(Collector):
+    def __init__(self, families: Iterable[Family]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._families:
+            metric = Metric(family.name, family.text, family.kind)
+            for name, labels, value in family.samples:
+                metric.add_sample(name, labels, value)
+            yield metric
 
 
 class _WithoutCreated(Collector):

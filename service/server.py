@@ -18,7 +18,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.api import ServiceStatus
-from service.settings import Settings, SettingsError
+from service.listen import bind, listening_url
+from service.settings import Settings
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ class ScoringServer(uvicorn.Server):
 
     The first SIGTERM or SIGINT fails readiness; after `drain_delay_ms`, during which requests are
     still answered, it stops listening and finishes what it has within `drain_timeout_ms`. A second
-    signal ends it at once. Errors of the app's lifespan leave `run` as they are.
+    signal ends it at once. SIGHUP loads bundle and items again. Errors
+    of the app's lifespan leave `run` as they are.
     """
 
     def __init__(
@@ -82,11 +84,12 @@ class ScoringServer(uvicorn.Server):
         except BaseException:
             await self._lifespan_stack.aclose()
             raise
+        self._loop.add_signal_handler(signal.SIGHUP, self._app.state.reload)
         # What was built until now lives as long as the process: no need to look at it again.
         gc.collect()
         gc.freeze()
         if sockets:
-            self._announce(_url(sockets[0]))
+            self._announce(listening_url(sockets[0]))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finishes the requests under way, then closes the app."""
@@ -122,38 +125,30 @@ class ScoringServer(uvicorn.Server):
         status.begin_drain()
 
 
-def run_server(app: FastAPI, settings: Settings, *, announce: Callable[[str], None]) -> int:
+def run_server(
+    app: FastAPI, settings: Settings, *, announce: Callable[[str], None], is_shared: bool = False
+) -> int:
     """Serves until a signal and returns the process's exit code.
+
+    Args:
+        app: See `ScoringServer`.
+        settings: See there.
+        announce: See there.
+        is_shared: Whether other processes listen at the same address.
 
     Raises:
         SettingsError: The address cannot be listened on.
     """
-    listener = _bind(settings.host, settings.port)
+    # Bound before the bundle is loaded, so that a taken port is reported at once.
+    listener = bind(settings.host, settings.port, is_shared=is_shared)
+    # Until the app can load anything again, the signal is not to end the process.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         server = ScoringServer(app, settings, announce=announce)
         server.run(sockets=[listener])
     finally:
         listener.close()
     return server.exit_code
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    # Bound before the bundle is loaded, so that a taken port is reported at once.
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-    except OSError as exc:
-        listener.close()
-        raise SettingsError(
-            f"CTR_HOST, CTR_PORT: cannot listen on {host}:{port}: {exc.strerror}"
-        ) from exc
-    return listener
-
-
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _http_protocol(app: FastAPI) -> "type[asyncio.Protocol] | Literal['h11']":

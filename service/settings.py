@@ -24,6 +24,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "CTR_"
+MAX_INLINE_US = 100_000
 _DELIMITER = "__"
 
 
@@ -99,9 +100,9 @@ class BatchSettings(_Section):
     inline_us: int | None = Field(
         None,
         ge=0,
-        le=100_000,
+        le=MAX_INLINE_US,
         description="Longest model run made on the event loop itself. "
-        "Not set: 500, or any run if the process has one core only",
+        "Not set: 500, or any run if a worker has one core only",
     )
 
 
@@ -140,6 +141,15 @@ class Settings(BaseSettings):
     )
     item_snapshot: Path | None = Field(
         None, description="File with the items that requests may name by id alone"
+    )
+    reload_poll_s: float = Field(
+        5.0,
+        ge=0,
+        le=86_400,
+        description="Time between looks for another bundle or item snapshot; 0 waits for SIGHUP",
+    )
+    workers: int = Field(
+        1, ge=0, le=256, description="Processes that answer; 0 takes one per CPU core available"
     )
     log_level: LogLevel = Field("info", description="Least severe level logged")
     store: StoreSettings = Field(default_factory=StoreSettings, description="Online store")
@@ -208,6 +218,12 @@ def load_settings(**overrides: Any) -> Settings:  # Any: checked by pydantic, fi
         raise SettingsError("\n".join(lines)) from None
 
 
+def environment_of(settings: Settings) -> dict[str, str]:
+    """This process's environment with these settings in it, for a child that reads them."""
+    kept = {n: v for n, v in os.environ.items() if not n.upper().startswith(PREFIX)}
+    return kept | dict(_variables(settings, PREFIX))
+
+
 def setting_rows() -> tuple[SettingRow, ...]:
     """Every setting, in the order of definition; sections after one another."""
     return tuple(
@@ -227,6 +243,16 @@ def _leaves(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInf
             yield from _leaves(info.annotation, variable + _DELIMITER)
         else:
             yield variable, info
+
+
+def _variables(section: BaseModel, prefix: str) -> Iterator[tuple[str, str]]:
+    for name in type(section).model_fields:
+        value, variable = getattr(section, name), prefix + name.upper()
+        if isinstance(value, _Section):
+            yield from _variables(value, variable + _DELIMITER)
+        elif value is not None:
+            is_secret = isinstance(value, SecretStr)
+            yield variable, value.get_secret_value() if is_secret else str(value)
 
 
 def _unknown_variables(environ: Mapping[str, str]) -> list[str]:

@@ -1,18 +1,20 @@
 """The serving state: one bundle, its session and the item table encoded by it, built together."""
 
+import asyncio
 import logging
 import math
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from model.contract.blocks import Blocks
-from model.contract.bundle import Manifest, read_bundle
+from model.contract.bundle import Bundle, Manifest, read_bundle
 from model.contract.encode import Encoder
 from service.batch_plan import BatchObserver, BatchPlan, Tiling
 from service.batcher import MicroBatcher
+from service.cpu_limits import read_cpu_limits
 from service.features import FeatureSource
-from service.items import ItemTable, empty_item_table, load_item_table
+from service.item_files import ItemOpener
+from service.items import ItemTable, empty_item_table
 from service.run_cost import RunCost
 from service.runtime import Outputs, Runtime, cut, join, load_runtime
 from service.settings import BatchSettings
@@ -65,14 +67,7 @@ def _inline_s(inline_us: int | None) -> float:
     if inline_us is not None:
         return inline_us / 1e6
     # On one core a thread takes from the loop what it needs, and the switches come on top.
-    return math.inf if num_cores() == 1 else _INLINE_S
-
-
-def num_cores() -> int:
-    """Cores that this process may run on at the same time."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return math.inf if read_cpu_limits().whole_cores == 1 else _INLINE_S
 
 
 def load_serving_state(
@@ -90,13 +85,83 @@ def load_serving_state(
             than where it was made.
         LogError: The item snapshot is missing or damaged.
     """
-    bundle = read_bundle(bundle_path)
-    encoder = Encoder(bundle.fitted)
+    # Imported here: a service whose tables are built by another process does without polars.
+    from service.item_snapshot import load_item_table
+
+    bundle, encoder = _read(bundle_path)
+    items = _no_items(encoder) if item_snapshot is None else load_item_table(item_snapshot, encoder)
+    return _complete(bundle, encoder, items, batch)
+
+
+async def open_serving_state(
+    bundle_path: Path,
+    item_snapshot: Path | None,
+    *,
+    batch: BatchSettings,
+    open_items: ItemOpener,
+) -> ServingState:
+    """Like `load_serving_state`, beside an event loop that goes on.
+
+    Args:
+        bundle_path: See there.
+        item_snapshot: See there.
+        batch: See there.
+        open_items: Makes the item table.
+
+    Raises:
+        BundleError, LogError: See there.
+    """
+    bundle, encoder = await asyncio.to_thread(_read, bundle_path)
+    items = await _open(item_snapshot, open_items, bundle_path, bundle.manifest, encoder)
+    return await asyncio.to_thread(_complete, bundle, encoder, items, batch)
+
+
+async def with_items(
+    state: ServingState, item_snapshot: Path | None, *, bundle_path: Path, open_items: ItemOpener
+) -> ServingState:
+    """The same bundle, and the same runtime, with the items of a snapshot as it is now.
+
+    Args:
+        state: Stays as it is.
+        item_snapshot: See `load_serving_state`.
+        bundle_path: The state's.
+        open_items: Makes the item table.
+
+    Raises:
+        LogError: The item snapshot is missing or damaged.
+    """
+    items = await _open(item_snapshot, open_items, bundle_path, state.manifest, state.encoder)
+    _log.info("bundle %s: %d items encoded", state.manifest.bundle_id, len(items))
+    return replace(state, items=items, features=FeatureSource(state.encoder, items))
+
+
+async def _open(
+    item_snapshot: Path | None,
+    open_items: ItemOpener,
+    bundle_path: Path,
+    manifest: Manifest,
+    encoder: Encoder,
+) -> ItemTable:
     if item_snapshot is None:
-        _log.warning("no item snapshot: items are known by what each request says of them")
-        items = empty_item_table(encoder)
-    else:
-        items = load_item_table(item_snapshot, encoder)
+        return _no_items(encoder)
+    return await open_items(
+        item_snapshot, bundle_path=bundle_path, manifest=manifest, encoder=encoder
+    )
+
+
+def _read(bundle_path: Path) -> tuple[Bundle, Encoder]:
+    bundle = read_bundle(bundle_path)
+    return bundle, Encoder(bundle.fitted)
+
+
+def _no_items(encoder: Encoder) -> ItemTable:
+    _log.warning("no item snapshot: items are known by what each request says of them")
+    return empty_item_table(encoder)
+
+
+def _complete(
+    bundle: Bundle, encoder: Encoder, items: ItemTable, batch: BatchSettings
+) -> ServingState:
     runtime, cost = load_runtime(
         bundle,
         encoder,

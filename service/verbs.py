@@ -17,7 +17,9 @@ from rich.table import Table
 
 from model.contract.errors import LogError
 from model.contract.ids import canonical_id
-from service.settings import Settings, load_settings
+from service.settings import MAX_INLINE_US, Settings, load_settings
+
+_log = logging.getLogger(__name__)
 
 _PARQUET_MAGIC = b"PAR1"
 _SCORE_TIMEOUT_S = 60.0
@@ -31,26 +33,78 @@ _PATH = click.Path(path_type=Path)
 @click.option("--items", type=_PATH, help="Item snapshot, Parquet (CTR_ITEM_SNAPSHOT).")
 @click.option("--host", help="Address to listen on (CTR_HOST).")
 @click.option("--port", type=int, help="Port to listen on, 0 for a free one (CTR_PORT).")
-def serve(bundle: Path | None, items: Path | None, host: str | None, port: int | None) -> None:
+@click.option("--workers", type=int, help="Processes, 0 for one per CPU core (CTR_WORKERS).")
+def serve(
+    bundle: Path | None,
+    items: Path | None,
+    host: str | None,
+    port: int | None,
+    workers: int | None,
+) -> None:
     """Answer POST /score from a bundle until SIGTERM or Ctrl-C.
 
     Without CTR_STORE__URL a Redis server of its own keeps user records in CTR_STORE__DATA_DIR.
     """
-    from service.app import create_app
     from service.observe import configure_logging
-    from service.server import run_server
 
-    settings = load_settings(bundle=bundle, item_snapshot=items, host=host, port=port)
+    settings = load_settings(
+        bundle=bundle, item_snapshot=items, host=host, port=port, workers=workers
+    )
     if settings.bundle is None:
         raise click.UsageError("no bundle: give --bundle DIR or set CTR_BUNDLE")
     configure_logging(settings.log_level)
+    settings = _fit_to_cpu(settings)
 
     def announce(url: str) -> None:
         click.echo(f"ctr serve: ready, POST {url}/score, documentation at {url}/docs", err=True)
 
     with store_settings(settings) as complete:
-        code = run_server(create_app(complete), complete, announce=announce)
+        code = _serve(complete, announce)
     sys.exit(code)
+
+
+def _serve(settings: Settings, announce: Callable[[str], None]) -> int:
+    from service.run_directory import run_directory
+
+    with run_directory() as directory:
+        if settings.workers > 1:
+            from service.supervisor import Supervisor
+
+            return Supervisor(settings, directory=directory, announce=announce).run()
+        from service.app import create_app
+        from service.item_files import ItemFiles
+        from service.server import run_server
+
+        open_items = ItemFiles(directory, log_level=settings.log_level)
+        app = create_app(settings, open_items=open_items)
+        return run_server(app, settings, announce=announce)
+
+
+def _fit_to_cpu(settings: Settings) -> Settings:
+    """With a number of workers, and model runs on the loop where a worker has one core only.
+
+    Says so if more is to run at once than there are cores.
+    """
+    from service.cpu_limits import read_cpu_limits
+
+    limits = read_cpu_limits()
+    workers = settings.workers or limits.whole_cores
+    threads = workers * settings.batch.num_runners * settings.batch.intra_op_threads
+    if threads > limits.cores:
+        _log.warning(
+            "%d workers x %d runners x %d threads are more than the %.3g CPU cores available "
+            "(affinity %d, container quota %s)",
+            workers,
+            settings.batch.num_runners,
+            settings.batch.intra_op_threads,
+            limits.cores,
+            limits.affinity,
+            "none" if limits.quota is None else f"{limits.quota:.3g}",
+        )
+    batch = settings.batch
+    if batch.inline_us is None and limits.whole_cores < 2 * workers:
+        batch = batch.model_copy(update={"inline_us": MAX_INLINE_US})
+    return settings.model_copy(update={"workers": workers, "batch": batch})
 
 
 @click.command()

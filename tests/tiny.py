@@ -148,9 +148,9 @@ def fitted_schema() -> FittedSchema:
     )
 
 
-def graph(encoder: Encoder) -> bytes:
+def graph(encoder: Encoder, *, seed: int = 3) -> bytes:
     """Inputs as `Blocks.feeds`, outputs pctr, pctcvr, pcvr."""
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(seed)
     nodes: list[onnx.NodeProto] = []
     constants: dict[str, npt.NDArray[Any]] = {}
     request = _side("request", encoder.request_layout, rng, nodes, constants)
@@ -314,11 +314,11 @@ def golden(encoder: Encoder, model: bytes) -> Golden:
     )
 
 
-def write(parent: Path, *, model: bytes | None = None) -> Path:
+def write(parent: Path, *, model: bytes | None = None, seed: int = 3) -> Path:
     """Writes the bundle and returns its directory; `model` replaces the one it is true for."""
     fitted = fitted_schema()
     encoder = Encoder(fitted)
-    true_model = graph(encoder)
+    true_model = graph(encoder, seed=seed)
     feeds = golden(encoder, true_model).blocks.feeds()
     return write_bundle(
         parent,

@@ -41,7 +41,7 @@ from model.run import EVALUATION, read_run, write_config, write_run
 from model.tables import Tables
 from model.train import CHECKPOINT, Metrics, Progress, TrainResult, _Run, predict, train
 from service.features import Candidates, FeatureSource, GivenColumn
-from service.items import load_item_table
+from service.item_snapshot import load_item_table
 
 HOUR, DAY = 3_600, 86_400
 NUM_REQUESTS, PER_REQUEST, NUM_DAYS = 1_000, 4, 40

@@ -11,7 +11,7 @@ import tiny
 from model.contract.encode import Encoder
 from model.contract.errors import LogError
 from model.contract.record import pack_record
-from service.items import load_item_table
+from service.item_snapshot import load_item_table
 from service.materialize import count_records, find_record
 from service.parquet import reading
 

@@ -10,8 +10,9 @@ from model.contract.encode import Encoder
 from model.contract.errors import LogError
 from model.contract.ids import NO_KEY, hash_id
 from model.contract.spec import FIRST_CODE, MISSING_CODE, UNKNOWN_CODE, FittedSchema
-from service import items
-from service.items import ItemTable, empty_item_table, load_item_table
+from service import item_snapshot
+from service.item_snapshot import load_item_table
+from service.items import ItemTable, empty_item_table
 
 ENCODER = Encoder(tiny.fitted_schema())
 ITEM_ID, BRAND, DISPLAY = (
@@ -95,7 +96,7 @@ def test_features_that_are_not_the_item_s_hold_their_defaults(table: ItemTable) 
 def test_chunks_make_no_difference(
     tiny_items: Path, table: ItemTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(items, "_CHUNK_ROWS", 3)
+    monkeypatch.setattr(item_snapshot, "_CHUNK_ROWS", 3)
 
     chunked = load_item_table(tiny_items, ENCODER).take(["1", "2", "3", "4", "5"])
 
@@ -137,7 +138,7 @@ def test_unused_and_absent_columns_are_reported_once(
 ) -> None:
     path = write(tmp_path, item_id=[1], brand=["acme"], colour=["red"], shape=["round"])
 
-    with caplog.at_level(logging.INFO, logger="service.items"):
+    with caplog.at_level(logging.INFO, logger="service.item_snapshot"):
         load_item_table(path, ENCODER)
 
     assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [

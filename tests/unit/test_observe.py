@@ -15,7 +15,13 @@ from service.errors import (
     StoreTimeout,
     error_codes,
 )
-from service.observe import JsonFormatter, Metrics, configure_logging, request_outcomes
+from service.observe import (
+    JsonFormatter,
+    Metrics,
+    configure_logging,
+    render_families,
+    request_outcomes,
+)
 from service.run_cost import RunCost
 
 
@@ -90,7 +96,7 @@ def test_observes_a_batcher(metrics: Metrics, registry: CollectorRegistry) -> No
 
 def test_shows_what_admission_is_decided_by(metrics: Metrics, registry: CollectorRegistry) -> None:
     metrics.run_cost_known(RunCost(fixed_s=3e-5, row_s=2e-6, max_rows=700))
-    metrics.wait_predicted(seconds=0.012)
+    metrics.wait_predicted(lambda: 0.012)
     metrics.request_dropped(reason="backlog")
     assert value(registry, "scoring_max_batch_rows") == 700
     assert value(registry, "scoring_run_fixed_seconds") == 3e-5
@@ -144,11 +150,30 @@ def test_state_gauges(metrics: Metrics, registry: CollectorRegistry) -> None:
     assert value(registry, "scoring_ready") == 0
 
 
+def test_swaps_and_workers_are_counted(metrics: Metrics, registry: CollectorRegistry) -> None:
+    metrics.swapped("items")
+    metrics.swap_refused("bundle")
+    metrics.worker_restarted(2)
+    metrics.worker_silent()
+    assert value(registry, "scoring_swaps_total", part="items") == 1
+    assert value(registry, "scoring_swaps_total", part="bundle") == 0
+    assert value(registry, "scoring_swaps_refused_total", part="bundle") == 1
+    assert value(registry, "scoring_worker_restarts_total") == 2
+    assert value(registry, "scoring_silent_workers_total") == 1
+
+
+def test_families_render_to_the_same_text(metrics: Metrics) -> None:
+    metrics.bundle_served(bundle="b", schema="s")
+    metrics.request_finished(outcome="ok", seconds=0.002, candidates=3)
+
+    assert render_families(metrics.families()) == metrics.render()
+
+
 def test_exposition_parses_and_stays_short(metrics: Metrics) -> None:
     metrics.bundle_served(bundle="b", schema="s")
     text = metrics.render().decode()
     families = list(text_string_to_metric_families(text))
-    assert len(families) == 22
+    assert len(families) == 26
     assert all(family.name.startswith("scoring_") for family in families)
     assert "_created" not in text
     assert {family.type for family in families} == {"counter", "gauge", "histogram"}

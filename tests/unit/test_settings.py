@@ -10,6 +10,7 @@ from service.settings import (
     Settings,
     SettingsError,
     StoreSettings,
+    environment_of,
     load_settings,
     setting_rows,
 )
@@ -187,4 +188,28 @@ def test_every_number_has_two_bounds() -> None:
             if info.annotation in (int, int | None):
                 assert {type(bound).__name__ for bound in info.metadata} == {"Ge", "Le"}, name
                 num_checked += 1
-    assert num_checked == 18
+    assert num_checked == 19
+
+
+def test_child_with_the_environment_of_settings_has_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CTR_PORT", "7")
+    monkeypatch.setenv("CTR_LOG_LEVEL", "error")
+    settings = load_settings(
+        port=8123,
+        bundle="some/bundle",
+        reload_poll_s=0.25,
+        store={"url": "redis://:secret@h:1/0", "timeout_ms": 7},
+    )
+
+    environment = environment_of(settings)
+    for name in ("CTR_PORT", "CTR_LOG_LEVEL"):
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    assert environment["CTR_PORT"] == "8123"
+    assert environment["CTR_STORE__URL"] == "redis://:secret@h:1/0"
+    assert "CTR_ITEM_SNAPSHOT" not in environment
+    assert load_settings() == settings

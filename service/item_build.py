@@ -1,0 +1,42 @@
+"""The process that encodes an item snapshot for a service which goes on answering meanwhile.
+
+`python -m service.item_build BUNDLE SNAPSHOT TARGET LOG_LEVEL` writes TARGET for `map_item_file`.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from model.contract.bundle import read_bundle
+from model.contract.encode import Encoder
+from model.contract.errors import ContractError
+from service.item_snapshot import write_item_file
+from service.observe import configure_logging
+
+EXIT_REFUSED, EXIT_FAILED = 3, 4
+_NICENESS = 10  # the requests come first
+
+
+def build(bundle: Path, snapshot: Path, target: Path, *, log_level: str) -> int:
+    """Returns the exit code: EXIT_REFUSED for wrong files, EXIT_FAILED if there is no room.
+
+    Then stdout says what is wrong.
+    """
+    os.nice(_NICENESS)
+    configure_logging(log_level)
+    try:
+        write_item_file(snapshot, Encoder(read_bundle(bundle).fitted), target)
+    except ContractError as exc:
+        click.echo(str(exc))
+        return EXIT_REFUSED
+    except OSError as exc:
+        click.echo(f"item snapshot {snapshot}: its table cannot be written: {exc.strerror}")
+        return EXIT_FAILED
+    return 0
+
+
+if __name__ == "__main__":
+    _, *paths, level = sys.argv
+    sys.exit(build(*map(Path, paths), log_level=level))

@@ -1,0 +1,116 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from service.observe import Family, Metrics
+from service.worker_metrics import Report, WorkerMetrics, merge
+
+pytestmark = pytest.mark.anyio
+
+
+def worker(
+    directory: Path, index: int, metrics: Metrics, *, num_restarts: int = 0, num_workers: int = 2
+) -> WorkerMetrics:
+    return WorkerMetrics(
+        metrics,
+        worker=index,
+        num_workers=num_workers,
+        num_restarts=num_restarts,
+        directory=directory,
+    )
+
+
+def scored(num_candidates: int, *, is_ready: bool = True) -> Metrics:
+    metrics = Metrics()
+    metrics.request_finished(outcome="ok", seconds=0.004, candidates=num_candidates)
+    metrics.ready_changed(is_ready=is_ready)
+    return metrics
+
+
+def value(text: bytes, series: str) -> float | None:
+    found = re.search(rf"^{re.escape(series)} (\S+)$", text.decode(), re.M)
+    return None if found is None else float(found[1])
+
+
+async def test_whoever_is_asked_tells_the_sum(tmp_path: Path) -> None:
+    async with (
+        worker(tmp_path, 0, scored(3)) as first,
+        worker(tmp_path, 1, scored(40)) as second,
+    ):
+        texts = [await first.render(), await second.render()]
+
+    for text in texts:
+        assert value(text, "scoring_candidates_total") == 43
+        assert value(text, 'scoring_request_seconds_bucket{le="0.005",outcome="ok"}') == 2
+        assert value(text, 'scoring_request_seconds_count{outcome="ok"}') == 2
+
+
+async def test_gauges_are_told_per_worker(tmp_path: Path) -> None:
+    async with (
+        worker(tmp_path, 0, scored(1)) as asked,
+        worker(tmp_path, 1, scored(1, is_ready=False)),
+    ):
+        text = await asked.render()
+
+    assert value(text, 'scoring_ready{worker="0"}') == 1
+    assert value(text, 'scoring_ready{worker="1"}') == 0
+    assert value(text, "scoring_ready") is None
+
+
+async def test_worker_that_is_gone_still_counts(tmp_path: Path) -> None:
+    async with worker(tmp_path, 0, scored(3)) as asked:
+        async with worker(tmp_path, 1, scored(40)):
+            before = await asked.render()
+        after = await asked.render()
+
+    assert value(before, "scoring_candidates_total") == 43
+    assert value(after, "scoring_candidates_total") == 43
+    assert value(after, 'scoring_ready{worker="1"}') == 0
+    assert value(after, 'scoring_queue_rows{worker="1"}') is None
+    assert value(after, "scoring_silent_workers_total") == 1
+
+
+async def test_worker_started_again_goes_on_from_there(tmp_path: Path) -> None:
+    async with worker(tmp_path, 0, scored(3)) as asked:
+        async with worker(tmp_path, 1, scored(40)):
+            await asked.render()
+        async with worker(tmp_path, 1, scored(5), num_restarts=1):
+            once = await asked.render()
+        async with worker(tmp_path, 1, scored(2), num_restarts=2):
+            twice = await asked.render()
+
+    assert value(once, "scoring_candidates_total") == 48
+    assert value(twice, "scoring_candidates_total") == 50
+    assert value(once, "scoring_worker_restarts_total") == 1
+    assert value(twice, "scoring_worker_restarts_total") == 2
+
+
+async def test_what_was_told_once_is_not_lost_in_a_crash(tmp_path: Path) -> None:
+    crashed = worker(tmp_path, 1, scored(40))
+    async with worker(tmp_path, 0, scored(3)) as asked:
+        await crashed.__aenter__()
+        assert crashed._server is not None
+        await asked.render()
+        crashed._server.close()  # As the kernel does; nothing is written any more.
+        text = await asked.render()
+
+    assert value(text, "scoring_candidates_total") == 43
+
+
+async def test_text_is_that_of_one_process_if_there_is_one(tmp_path: Path) -> None:
+    metrics = scored(3)
+    async with worker(tmp_path, 0, metrics, num_workers=1) as alone:
+        text = await alone.render()
+
+    gauges = re.compile(rb'\{worker="0"\}|,worker="0"')
+    assert gauges.sub(b"", text) == metrics.render()
+
+
+def test_series_that_only_some_workers_have_are_kept() -> None:
+    first = Family("a", "", "counter", [("a_total", {"x": "1"}, 2.0)])
+    second = Family("a", "", "counter", [("a_total", {"x": "2"}, 3.0), ("a_total", {"x": "1"}, 5)])
+
+    (merged,) = merge([Report(0, True, [first]), Report(1, True, [second])])
+
+    assert merged.samples == [("a_total", {"x": "1"}, 7.0), ("a_total", {"x": "2"}, 3.0)]
