@@ -8,7 +8,6 @@ Shape letters as in `nets.layers`.
 """
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -21,247 +20,129 @@ from model.contract.spec import PADDING_CODE, UNKNOWN_CODE
 from model.nets.layers import FieldEmbedding, Heads, InputLayer, Net, NetInput, NetOutput
 from model.nets.shared_bottom import SharedBottom
 
-# Fields whose codes have at most so many combinations share one row of a projected table. A row of
-# a wide table costs a copy and an addition, 9 us per 100 candidates where 16 columns of a product
-# cost 6 (192 outputs, Zen 4): a single field or a pair does not earn that, three fields do.
-MAX_JOINT_CODES = 4096
-MIN_JOINT_FIELDS = 3
-# The request's side is one row: there, looking up is always less work than multiplying.
+# A request's field is looked up as the first layer's outputs, not as its embedding, where the field
+# has at most so many codes: one row added, not multiplied. Candidates' fields are not: a projected
+# row of 192 numbers is 12 times as wide, and reading it takes as long as the product that it saves.
 MAX_FOLDED_CODES = 4096
 
 
 class Lookup(nn.Module):
-    """Ids to rows of a table in which each group of fields has its own part; [n, F] to [n, groups].
+    """Rows of fields in one table, each field at its own place; ids outside become unknown.
 
-    An id is first cut to -1 ... size. The first and last place of a field belong to ids below and
-    above it, and hold what the unknown code holds: ids outside cost no comparison.
+    An id is cut to -1 ... size. A field has a row for either end, which holds what its unknown code
+    holds: three operations, where comparing and choosing takes five.
     """
 
-    def __init__(self, sizes: Sequence[int], groups: Sequence[Sequence[int]]) -> None:
+    def __init__(self, tables: Sequence[Tensor]) -> None:
+        """Joins the fields' rows, [codes, width] each."""
         super().__init__()
-        places = [size + 2 for size in sizes]
-        counts = [math.prod(places[field] for field in group) for group in groups]
-        self.num_rows = sum(counts)
-        strides = torch.zeros(len(sizes), len(groups), dtype=torch.int64)
-        firsts = torch.zeros(len(groups), dtype=torch.int64)
-        for g, group in enumerate(groups):
-            firsts[g] = sum(counts[:g])
-            stride = 1
-            for field in reversed(group):
-                strides[field, g] = stride
-                firsts[g] += stride  # place 0 is id -1
-                stride *= places[field]
-        # Fields alone need no product of integers, which ONNX Runtime has no fast one for.
-        single = [group[0] for group in groups if len(group) == 1]
-        self.is_single = len(single) == len(groups)
-        self.is_all = single == list(range(len(sizes)))
+        sizes = torch.tensor([len(table) for table in tables], dtype=torch.int64)
+        ends = [table[UNKNOWN_CODE : UNKNOWN_CODE + 1] for table in tables]
+        parts = [torch.cat([e, table, e]) for e, table in zip(ends, tables, strict=True)]
+        self.table = nn.Parameter(torch.cat(parts))
         self.register_buffer("low", torch.tensor([-1], dtype=torch.int64))
-        self.register_buffer("high", torch.tensor(sizes, dtype=torch.int64))
-        self.register_buffer("strides", strides)
-        self.register_buffer("fields", torch.tensor(single, dtype=torch.int64))
-        self.register_buffer("firsts", firsts)
+        self.register_buffer("high", sizes)
+        self.register_buffer("firsts", torch.cumsum(sizes + 2, 0) - sizes - 1)
 
-    def clipped(self, ids: Tensor) -> Tensor:
-        """[n, F], each id in -1 ... size."""
-        low, high = self.get_buffer("low"), self.get_buffer("high")
-        return torch.minimum(torch.maximum(ids, low), high)
-
-    def forward(self, clipped: Tensor) -> Tensor:
-        """Rows, from what `clipped` made."""
-        if not self.is_single:
-            clipped = clipped @ self.get_buffer("strides")
-        elif not self.is_all:
-            clipped = clipped.index_select(1, self.get_buffer("fields"))
-        return clipped + self.get_buffer("firsts")
+    def forward(self, ids: Tensor) -> Tensor:
+        """[n, F] ids to [n, F, width]."""
+        clipped = torch.minimum(
+            torch.maximum(ids, self.get_buffer("low")), self.get_buffer("high")
+        )
+        return functional.embedding(clipped + self.get_buffer("firsts"), self.table)
 
 
-def with_unknown_ends(rows: Tensor) -> Tensor:
-    """A field's rows [V, width] with the unknown code's before and after them."""
-    unknown = rows[UNKNOWN_CODE : UNKNOWN_CODE + 1]
-    return torch.cat([unknown, rows, unknown])
-
-
-def joint_rows(tables: Sequence[Tensor]) -> Tensor:
-    """Sums of one row of each table, for every combination; the last table runs fastest."""
-    made = tables[0]
-    for table in tables[1:]:
-        made = (made.unsqueeze(1) + table.unsqueeze(0)).flatten(0, 1)
-    return made
-
-
-def joint_groups(sizes: Sequence[int]) -> list[list[int]]:
-    """Groups of fields worth a row of their own: smallest fields first, as many as fit."""
-    groups: list[list[int]] = []
-    group: list[int] = []
-    codes = 1
-    for field in sorted(range(len(sizes)), key=lambda f: sizes[f]):
-        if codes * (sizes[field] + 2) > MAX_JOINT_CODES:
-            groups.append(group)
-            group, codes = [], 1
-        group, codes = [*group, field], codes * (sizes[field] + 2)
-    return [sorted(g) for g in (*groups, group) if len(g) >= MIN_JOINT_FIELDS]
-
-
-class SideSum(nn.Module):
-    """One side's fields and numbers through a linear layer: x W + b, without forming all of x.
-
-    Fields in `groups` are looked up in projected tables; the rest are embedded and multiplied
-    together with the numbers. The bias lies in the first table's rows, or in the product.
-    """
-
-    def __init__(
-        self,
-        sizes: Sequence[int],
-        tables: Sequence[Tensor],
-        *,
-        weight: Tensor,
-        bias: Tensor | None,
-        groups: Sequence[Sequence[int]],
-    ) -> None:
-        """Combines the weights.
-
-        Args:
-            sizes: codes of each field.
-            tables: embedding rows of each field.
-            weight: [inputs, outputs]: the fields' parts in order, then everything else.
-            bias: [outputs]; None for none.
-            groups: fields that share a row of a projected table.
-        """
-        super().__init__()
-        ends = [with_unknown_ends(table) for table in tables]
-        width = tables[0].shape[1] if tables else 0
-        parts = [weight[f * width : (f + 1) * width] for f in range(len(sizes))]
-        folded = [field for group in groups for field in group]
-        kept = [field for field in range(len(sizes)) if field not in folded]
-        self.num_groups = len(groups)
-        self.folded_rows = Lookup(sizes, groups) if groups else None
-        self.kept_rows = Lookup(sizes, [[field] for field in kept]) if kept else None
-        if groups:
-            projected = [joint_rows([ends[f] @ parts[f] for f in group]) for group in groups]
-            if bias is not None:
-                projected[0] = projected[0] + bias
-                bias = None
-            self.folded = nn.Parameter(torch.cat(projected))
-        if kept:
-            self.kept = nn.Parameter(torch.cat([ends[f] for f in kept]))
-        rest = weight[len(sizes) * width :]
-        self.weight = nn.Parameter(torch.cat([*(parts[f] for f in kept), rest]))
-        self.bias = nn.Parameter(bias) if bias is not None else None
-
-    def forward(self, ids: Tensor, others: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
-        """[n, outputs]: the layer's sum, on top of `base` where one is given.
-
-        Args:
-            ids: [n, F].
-            others: what else the layer reads, [n, width] each.
-            base: [n, outputs].
-        """
-        sums = [] if base is None else [base]
-        clipped = None
-        if self.folded_rows is not None:
-            clipped = self.folded_rows.clipped(ids)
-            rows = self.folded_rows(clipped)
-            if self.num_groups == 1:
-                sums.append(functional.embedding(rows.squeeze(1), self.folded))
-            else:
-                sums.append(functional.embedding(rows, self.folded).sum(dim=1))
-        inputs = [part for part in others if part.shape[1]]
-        if self.kept_rows is not None:
-            clipped = self.kept_rows.clipped(ids) if clipped is None else clipped
-            kept = functional.embedding(self.kept_rows(clipped), self.kept)
-            inputs = [kept.flatten(1), *inputs]
-        total = sum(sums[1:], sums[0]) if sums else self.bias
-        if not inputs:
-            return cast(Tensor, total)
-        joined = torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0]
-        if total is None:
-            return joined @ self.weight
-        result = torch.addmm(total, joined, self.weight)
-        return result if self.bias is None or total is self.bias else result + self.bias
-
-
-def field_tables(embedding: FieldEmbedding, side: str) -> tuple[list[int], list[Tensor]]:
-    """Codes and embedding rows of each field of a side."""
-    sizes = cast(list[int], embedding.get_buffer(f"{side}_sizes").tolist())
-    starts = cast(list[int], embedding.get_buffer(f"{side}_starts").tolist())
+def field_tables(embedding: FieldEmbedding, side: str) -> list[Tensor]:
+    """Embedding rows of each field of a side."""
+    sizes, starts = embedding.get_buffer(f"{side}_sizes"), embedding.get_buffer(f"{side}_starts")
     table = embedding.table.weight.detach()
-    return sizes, [table[a : a + n] for a, n in zip(starts, sizes, strict=True)]
+    return [table[a : a + n] for a, n in zip(starts.tolist(), sizes.tolist(), strict=True)]
 
 
 class RequestSide(nn.Module):
-    """What a linear layer makes of the request: [R, outputs]; histories are pooled as in training.
+    """A linear layer of the request: [R, outputs], from fields, histories and numbers.
 
-    The layer's inputs stand as in `InputLayer`: fields, histories, numbers.
+    The fields' embeddings are multiplied with the layer before export. What is left to do for them
+    is a sum of rows, one of which holds the bias.
     """
 
     def __init__(self, embedding: FieldEmbedding, layer: nn.Linear) -> None:
         super().__init__()
-        sizes, tables = field_tables(embedding, "request")
-        self.sum = SideSum(
-            sizes,
-            tables,
-            weight=layer.weight.detach().T,
-            bias=layer.bias.detach(),
-            groups=[[f] for f, size in enumerate(sizes) if size <= MAX_FOLDED_CODES],
-        )
+        tables, width = field_tables(embedding, "request"), embedding.width
+        weight, bias = layer.weight.detach().T, layer.bias.detach()
+        folded = [f for f, table in enumerate(tables) if len(table) <= MAX_FOLDED_CODES]
+        kept = [f for f in range(len(tables)) if f not in folded]
+        parts = [weight[f * width : (f + 1) * width] for f in range(len(tables))]
+        projected = [tables[f] @ parts[f] for f in folded]
+        self.bias = nn.Parameter(bias) if not folded else None
+        self.folded = Lookup([projected[0] + bias, *projected[1:]]) if folded else None
+        self.kept = Lookup([tables[f] for f in kept]) if kept else None
+        self.register_buffer("folded_fields", torch.tensor(folded, dtype=torch.int64))
+        self.register_buffer("kept_fields", torch.tensor(kept, dtype=torch.int64))
+        rest = weight[len(tables) * width :]
+        self.weight = nn.Parameter(torch.cat([*(parts[f] for f in kept), rest]))
         self.lengths = embedding.lengths
-        if self.lengths:
-            history_sizes, history_tables = field_tables(embedding, "history")
-            # Positions of one history share a table: it is stored once per history.
-            firsts = [sum(self.lengths[:i]) for i in range(len(self.lengths))]
-            self.rows = Lookup(
-                [history_sizes[i] for i in firsts], [[i] for i in range(len(firsts))]
-            )
-            self.table = nn.Parameter(
-                torch.cat([with_unknown_ends(history_tables[i]) for i in firsts])
-            )
+        history = field_tables(embedding, "history")
+        firsts = [sum(self.lengths[:i]) for i in range(len(self.lengths))]
+        self.histories = nn.ModuleList([Lookup([history[i]]) for i in firsts])
 
     def forward(self, inputs: NetInput) -> Tensor:
         """[R, outputs]."""
-        others = [*self._pooled(inputs.request_history), inputs.request_dense]
-        result: Tensor = self.sum(inputs.request_ids, others)
-        return result
+        ids, others = inputs.request_ids, [inputs.request_dense]
+        total: Tensor | None = self.bias
+        if self.folded is not None:
+            total = self.folded(self._chosen(ids, "folded_fields")).sum(dim=1)
+        others = [*self._pooled(inputs.request_history), *others]
+        if self.kept is not None:
+            others = [self.kept(self._chosen(ids, "kept_fields")).flatten(1), *others]
+        joined = joined_columns(others)
+        assert total is not None
+        return total if not joined.shape[1] else torch.addmm(total, joined, self.weight)
+
+    def _chosen(self, ids: Tensor, which: str) -> Tensor:
+        fields = self.get_buffer(which)
+        return ids if len(fields) == ids.shape[1] else ids.index_select(1, fields)
 
     def _pooled(self, ids: Tensor) -> list[Tensor]:
         """The mean of each history's present ids, [R, D] each."""
         pooled, start = [], 0
-        for i, length in enumerate(self.lengths):
+        for length, look_up in zip(self.lengths, self.histories, strict=True):
             part = ids[:, start : start + length]
-            high, first = self.rows.get_buffer("high")[i], self.rows.get_buffer("firsts")[i]
-            rows = part.clamp(min=-1).minimum(high) + first
-            values = functional.embedding(rows, self.table)  # [R, L, D]
-            present = (part != PADDING_CODE).to(values.dtype)
-            total = (values * present.unsqueeze(-1)).sum(dim=1)
-            pooled.append(total / present.sum(dim=1, keepdim=True).clamp(min=1.0))
+            present = (part != PADDING_CODE).to(torch.float32)
+            values = look_up(part) * present.unsqueeze(-1)  # [R, L, D]
+            pooled.append(values.sum(dim=1) / present.sum(dim=1, keepdim=True).clamp(min=1.0))
             start += length
         return pooled
 
 
 class ServingInput(nn.Module):
-    """`InputLayer`: the request once, gathered as the start of the candidates' sum."""
+    """`InputLayer`: the request once, gathered as what the candidates' product starts from."""
 
     def __init__(self, layer: InputLayer) -> None:
         super().__init__()
-        sizes, tables = field_tables(layer.embedding, "candidate")
         self.request = (
             RequestSide(layer.embedding, layer.request) if layer.request is not None else None
         )
+        tables = field_tables(layer.embedding, "candidate")
+        self.fields = Lookup(tables) if tables else None
+        self.weight = nn.Parameter(layer.candidate.weight.detach().T.contiguous())
         bias = layer.candidate.bias
-        self.candidate = SideSum(
-            sizes,
-            tables,
-            weight=layer.candidate.weight.detach().T,
-            bias=None if bias is None else bias.detach(),
-            groups=joint_groups(sizes),
-        )
+        self.bias = nn.Parameter(bias.detach()) if bias is not None else None
 
     def forward(self, inputs: NetInput) -> Tensor:
         """See `InputLayer`."""
-        base = None
+        base = self.bias
         if self.request is not None:
             base = self.request(inputs).index_select(0, inputs.request_of)
-        result: Tensor = self.candidate(inputs.candidate_ids, [inputs.candidate_dense], base)
-        return result
+        assert base is not None
+        embedded = [] if self.fields is None else [self.fields(inputs.candidate_ids).flatten(1)]
+        return torch.addmm(base, joined_columns([*embedded, inputs.candidate_dense]), self.weight)
+
+
+def joined_columns(parts: Sequence[Tensor]) -> Tensor:
+    """The parts side by side; those of no width are left out."""
+    wide = [part for part in parts if part.shape[1]]
+    return torch.cat(wide, dim=1) if len(wide) > 1 else (wide or parts)[0]
 
 
 class FlatHeads(nn.Module):
