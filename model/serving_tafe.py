@@ -115,8 +115,7 @@ class TokenColumns(nn.Module):
 class Summaries(nn.Module):
     """What the inducing points gather from the tokens: q + attention(q, tokens), for all patterns.
 
-    Sum_f w_f (W x_f + b) + q = sum_f w_f (W x_f + b + q), as the weights add up to 1: bias and query
-    go into the value projection, which is laid out once per inducing point.
+    Sum_f w_f (W x_f + b) + q = sum_f w_f W x_f + (b + q), as the weights add up to 1.
     """
 
     def __init__(self, attention: GroupedSetAttention, num_tokens: int) -> None:
@@ -124,32 +123,40 @@ class Summaries(nn.Module):
         patterns, width, heads = attention.patterns, attention.width, attention.heads
         per_head = width // heads
         weight, bias = _projections(attention)
-        key, value, value_bias = weight[0], weight[1], bias[1]  # [G, D, D], [G, D]
+        key, value = weight[0], weight[1]  # [G, D, D]
         query = attention.inducing_query(attention.inducing).detach()  # [G, m, D]
         by_head = query.reshape(patterns, NUM_INDUCING, heads, per_head)
         keys = key.reshape(patterns, width, heads, per_head)
-        scores = torch.einsum("gdhk,gmhk->dgmh", keys, by_head) / math.sqrt(per_head)
-        self.scores = nn.Parameter(scores.reshape(width, -1))  # [D, G m H]
-        values = value.unsqueeze(2).expand(-1, -1, NUM_INDUCING, -1)  # [G, D, m, D]
-        self.values = linear(
-            values.permute(1, 0, 2, 3).reshape(width, -1),
-            (value_bias.unsqueeze(1) + query).flatten(),
-        )
+        scores = torch.einsum("gdhk,gmhk->dmgh", keys, by_head) / math.sqrt(per_head)
+        self.scores = nn.Parameter(scores.reshape(width, -1))  # [D, m G H]
+        self.values = nn.Parameter(value.transpose(0, 1).reshape(width, -1))  # [D, G D]
+        constant = (bias[1].unsqueeze(1) + query).transpose(0, 1)  # [m, G, D]
+        self.constants = nn.Parameter(constant.reshape(NUM_INDUCING, -1))
         # A score counts for all of its head's numbers: a product with ones lays it out.
-        ones = torch.ones(1, per_head)
-        self.lay_out = nn.Parameter(torch.block_diag(*[ones] * (patterns * NUM_INDUCING * heads)))
-        self.num_tokens, self.width, self.pattern_width = num_tokens, width, NUM_INDUCING * width
+        whole = torch.block_diag(*[torch.ones(1, per_head)] * (NUM_INDUCING * patterns * heads))
+        self.lay_outs = nn.ParameterList(whole.split(patterns * width, dim=1))
+        self.num_tokens, self.width = num_tokens, width
 
-    def forward(self, tokens: Tensor) -> Sequence[Tensor]:
-        """From [F * B, D] tokens, for each pattern [B * m, D]."""
+    def forward(self, tokens: Tensor) -> list[Tensor]:
+        """From [F * B, D] tokens, for each pattern [m * B, D], the first point's rows first."""
         scores = (tokens @ self.scores).reshape(self.num_tokens, -1, self.scores.shape[1])
         powers = torch.exp(scores - scores.amax(dim=0, keepdim=True))
-        weights = powers / powers.sum(dim=0, keepdim=True)
-        laid_out = weights.flatten(0, 1) @ self.lay_out
-        weighted = laid_out * self.values(tokens)  # [F * B, G m D]
-        summed = weighted.reshape(self.num_tokens, -1, weighted.shape[1]).sum(dim=0)
-        parts = summed.split(self.pattern_width, dim=1)
-        return [part.reshape(-1, self.width) for part in parts]
+        weights = (powers / sum_of_tokens(powers)).flatten(0, 1)
+        values = tokens @ self.values
+        points = []
+        for lay_out, constant in zip(self.lay_outs, self.constants, strict=True):
+            weighted = (weights @ lay_out * values).reshape(self.num_tokens, -1, values.shape[1])
+            points.append((sum_of_tokens(weighted) + constant).squeeze(0))
+        per_pattern = zip(*[point.split(self.width, dim=1) for point in points], strict=True)
+        return [torch.cat(parts) for parts in per_pattern]
+
+
+def sum_of_tokens(values: Tensor) -> Tensor:
+    """[F, B, width] to [1, B, width]; additions take half the time of the operator for sums."""
+    first, *others = values.split(1)
+    for other in others:
+        first = first + other
+    return first
 
 
 class Pattern(nn.Module):
@@ -166,10 +173,9 @@ class Pattern(nn.Module):
         weight = attention.from_inducing.weight.detach()[index]
         bias = cast(Tensor, attention.from_inducing.bias).detach()[index, 0]
         key, value = weight[:, :width], weight[:, width:]
-        # The columns of both summaries: the first's, then the second's.
-        self.negated_keys = nn.Parameter(torch.cat([-key, key]) / math.sqrt(per_head))
-        self.value_difference = nn.Parameter(torch.cat([value, -value]))
-        self.second_value = linear(torch.cat([torch.zeros_like(value), value]), bias[width:])
+        self.negated_key = nn.Parameter(-key / math.sqrt(per_head))
+        self.value = nn.Parameter(value.clone())
+        self.second_value = linear(value, bias[width:])
         ones = torch.ones(per_head, per_head)
         self.sum_by_head = nn.Parameter(torch.block_diag(*[ones] * attention.heads))
         self.gate = None if net.excitation is None else Gate(net.excitation, index)
@@ -179,15 +185,17 @@ class Pattern(nn.Module):
         self.output = _one_of(net.pattern_output, index)
 
     def forward(self, tokens: Tensor, summary: Tensor) -> Tensor:
-        """[F * B, D] tokens and [B * m, D] to the pattern [B, K]."""
+        """[F * B, D] tokens and [m * B, D] to the pattern [B, K]."""
         width = tokens.shape[1]
-        summaries = self.summary_end(summary).reshape(-1, NUM_INDUCING * width)
+        both = self.summary_end(summary).reshape(NUM_INDUCING, -1, width)
+        first, second = (part.squeeze(0) for part in both.split(1))
+        difference = first - second
         negated_query = self.negated_query(tokens).reshape(self.num_tokens, -1, width)
-        products = negated_query * (summaries @ self.negated_keys)  # [F, B, D]
-        first = torch.sigmoid(products.flatten(0, 1) @ self.sum_by_head)
-        values = first.reshape(self.num_tokens, -1, width) * (summaries @ self.value_difference)
+        products = negated_query * (difference @ self.negated_key)  # [F, B, D]
+        choice = torch.sigmoid(products.flatten(0, 1) @ self.sum_by_head)
+        values = choice.reshape(self.num_tokens, -1, width) * (difference @ self.value)
         attended = self.token_end(
-            (values + self.second_value(summaries) - negated_query).flatten(0, 1)
+            (values + self.second_value(second) - negated_query).flatten(0, 1)
         ).reshape(self.num_tokens, -1, width)
         if self.gate is not None:
             attended = attended * self.gate(attended)
@@ -258,7 +266,10 @@ class FlatSelector(nn.Module):
         scores = (joined @ self.scores).reshape(-1, self.num_steps, self.num_patterns)
         weights = torch.softmax(scores, dim=-1).flatten(1) @ self.lay_out
         parts = weights.reshape(-1, self.num_steps, joined.shape[1]) * joined.unsqueeze(1)
-        return parts.reshape(-1, self.num_steps, self.num_patterns, patterns[0].shape[1]).sum(dim=2)
+        first, *others = parts.split(patterns[0].shape[1], dim=2)
+        for other in others:
+            first = first + other
+        return first
 
 
 class StackedSelector(nn.Module):
