@@ -235,13 +235,15 @@ class Gate(nn.Module):
 
     def __init__(self, excitation: Excitation, index: int) -> None:
         super().__init__()
-        self.squeeze = nn.Parameter(excitation.squeeze.weight.detach()[index].T / 2.0)
-        self.excite = nn.Parameter(excitation.excite.weight.detach()[index].T.contiguous())
+        self.squeeze = nn.Parameter(excitation.squeeze.weight.detach()[index] / 2.0)
+        self.excite = nn.Parameter(excitation.excite.weight.detach()[index].clone())
 
     def forward(self, attended: Tensor) -> Tensor:
         """[F, B, D], doubled, to [F, B, 1] in (0, 1)."""
-        squeezed = torch.relu(self.squeeze @ attended.mean(dim=-1))
-        return torch.sigmoid(self.excite @ squeezed).unsqueeze(-1)
+        # Rows on the left: a product with one column, which one candidate alone would be on the
+        # right, adds up in another order.
+        squeezed = torch.relu(attended.mean(dim=-1).T @ self.squeeze)
+        return torch.sigmoid(squeezed @ self.excite).T.unsqueeze(-1)
 
 
 class FlatSelector(nn.Module):
