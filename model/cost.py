@@ -1,4 +1,4 @@
-"""What a graph costs: parameters, multiply-adds, and CPU time per run on one ONNX Runtime thread."""
+"""What a graph costs: parameters, multiply-adds, CPU time per run on one ONNX Runtime thread."""
 
 import time
 from collections.abc import Callable, Sequence

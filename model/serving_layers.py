@@ -39,9 +39,7 @@ class Lookup(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """[n, F] ids to [n, F, width]."""
-        clipped = torch.minimum(
-            torch.maximum(ids, self.get_buffer("low")), self.get_buffer("high")
-        )
+        clipped = torch.minimum(torch.maximum(ids, self.get_buffer("low")), self.get_buffer("high"))
         return functional.embedding(clipped + self.get_buffer("firsts"), self.table)
 
 
@@ -120,14 +118,10 @@ class FlatHeads(nn.Module):
     def __init__(self, heads: Heads, *, is_shared: bool = False) -> None:
         """Joins the steps' weights; `is_shared` where all steps read one representation [B, K]."""
         super().__init__()
-        join = torch.cat if is_shared else torch.block_diag
-        hidden = list(heads.hidden.weight.detach())
-        self.hidden = linear(
-            torch.cat(hidden, dim=1) if is_shared else join(*hidden), bias_of(heads.hidden)
-        )
-        self.output = linear(
-            torch.block_diag(*heads.output.weight.detach()), bias_of(heads.output)
-        )
+        hidden, output = (list(layer.weight.detach()) for layer in (heads.hidden, heads.output))
+        joined = torch.cat(hidden, dim=1) if is_shared else block_diagonal(hidden)
+        self.hidden = linear(joined, bias_of(heads.hidden))
+        self.output = linear(block_diagonal(output), bias_of(heads.output))
 
     def forward(self, representations: Tensor) -> Tensor:
         """See `Heads`; [B, T, K], or [B, K] if shared."""
@@ -150,8 +144,12 @@ def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     return layer
 
 
+def block_diagonal(parts: Sequence[Tensor]) -> Tensor:
+    """The parts along the diagonal of a matrix of zeros."""
+    whole: Tensor = torch.block_diag(*parts)  # type: ignore[no-untyped-call]  # torch's own
+    return whole
+
+
 def bias_of(layer: BatchedLinear) -> Tensor:
     """The biases of all copies, one after another."""
     return cast(Tensor, layer.bias).detach().flatten()
-
-

@@ -28,7 +28,14 @@ from torch.nn import functional
 from model.nets.layers import BatchedLayerNorm, BatchedLinear, Net, NetInput, NetOutput
 from model.nets.selector import PatternSelector
 from model.nets.tafe import Excitation, GroupedSetAttention, GroupedTokens, Tafe
-from model.serving_layers import FlatHeads, Lookup, RequestSide, field_tables, linear
+from model.serving_layers import (
+    FlatHeads,
+    Lookup,
+    RequestSide,
+    block_diagonal,
+    field_tables,
+    linear,
+)
 
 NUM_INDUCING = 2  # of which the choice is one sigmoid
 
@@ -92,7 +99,7 @@ class TokenColumns(nn.Module):
         super().__init__()
         width = tokens.width
         embedding = tokens.embedding
-        self.width = width
+        self.num_request_tokens = len(_split(tokens.request, width))
         self.request = None if tokens.request is None else RequestSide(embedding, tokens.request)
         self.ids = nn.ModuleList(_split(tokens.ids, width))
         self.dense = nn.ModuleList(_split(tokens.dense, width))
@@ -103,7 +110,7 @@ class TokenColumns(nn.Module):
         """[F * B, D]."""
         parts = []
         if self.request is not None:
-            of_request = self.request(inputs).split(self.width, dim=1)
+            of_request = self.request(inputs).chunk(self.num_request_tokens, dim=1)
             parts += [part.index_select(0, inputs.request_of) for part in of_request]
         if self.fields is not None:
             embedded = self.fields(inputs.candidate_ids).flatten(1)
@@ -133,9 +140,9 @@ class Summaries(nn.Module):
         constant = (bias[1].unsqueeze(1) + query).transpose(0, 1)  # [m, G, D]
         self.constants = nn.Parameter(constant.reshape(NUM_INDUCING, -1))
         # A score counts for all of its head's numbers: a product with ones lays it out.
-        whole = torch.block_diag(*[torch.ones(1, per_head)] * (NUM_INDUCING * patterns * heads))
-        self.lay_outs = nn.ParameterList(whole.split(patterns * width, dim=1))
-        self.num_tokens, self.width = num_tokens, width
+        whole = block_diagonal([torch.ones(1, per_head)] * (NUM_INDUCING * patterns * heads))
+        self.lay_outs = nn.ParameterList(whole.chunk(NUM_INDUCING, dim=1))
+        self.num_tokens, self.num_patterns = num_tokens, patterns
 
     def forward(self, tokens: Tensor) -> list[Tensor]:
         """From [F * B, D] tokens, for each pattern [m * B, D], the first point's rows first."""
@@ -147,13 +154,13 @@ class Summaries(nn.Module):
         for lay_out, constant in zip(self.lay_outs, self.constants, strict=True):
             weighted = (weights @ lay_out * values).reshape(self.num_tokens, -1, values.shape[1])
             points.append((sum_of_tokens(weighted) + constant).squeeze(0))
-        per_pattern = zip(*[point.split(self.width, dim=1) for point in points], strict=True)
+        per_pattern = zip(*[point.chunk(self.num_patterns, dim=1) for point in points], strict=True)
         return [torch.cat(parts) for parts in per_pattern]
 
 
 def sum_of_tokens(values: Tensor) -> Tensor:
     """[F, B, width] to [1, B, width]; additions take half the time of the operator for sums."""
-    first, *others = values.split(1)
+    first, *others = values.chunk(values.shape[0])
     for other in others:
         first = first + other
     return first
@@ -177,7 +184,7 @@ class Pattern(nn.Module):
         self.value = nn.Parameter(value.clone())
         self.second_value = linear(value, bias[width:])
         ones = torch.ones(per_head, per_head)
-        self.sum_by_head = nn.Parameter(torch.block_diag(*[ones] * attention.heads))
+        self.sum_by_head = nn.Parameter(block_diagonal([ones] * attention.heads))
         self.gate = None if net.excitation is None else Gate(net.excitation, index)
         if self.gate is not None:
             self.token_end.double()
@@ -188,7 +195,7 @@ class Pattern(nn.Module):
         """[F * B, D] tokens and [m * B, D] to the pattern [B, K]."""
         width = tokens.shape[1]
         both = self.summary_end(summary).reshape(NUM_INDUCING, -1, width)
-        first, second = (part.squeeze(0) for part in both.split(1))
+        first, second = (part.squeeze(0) for part in both.chunk(NUM_INDUCING))
         difference = first - second
         negated_query = self.negated_query(tokens).reshape(self.num_tokens, -1, width)
         products = negated_query * (difference @ self.negated_key)  # [F, B, D]
@@ -260,7 +267,7 @@ class FlatSelector(nn.Module):
             whole[g, :, :, g] = scores
         self.scores = nn.Parameter(whole.reshape(patterns * width, -1))  # [G K, T G]
         ones = [torch.ones(1, width)] * (self.num_steps * patterns)
-        self.lay_out = nn.Parameter(torch.block_diag(*ones))  # [T G, T G K]
+        self.lay_out = nn.Parameter(block_diagonal(ones))  # [T G, T G K]
 
     def forward(self, patterns: Sequence[Tensor]) -> Tensor:
         """From [B, K] of each pattern, [B, T, K]."""
@@ -268,7 +275,7 @@ class FlatSelector(nn.Module):
         scores = (joined @ self.scores).reshape(-1, self.num_steps, self.num_patterns)
         weights = torch.softmax(scores, dim=-1).flatten(1) @ self.lay_out
         parts = weights.reshape(-1, self.num_steps, joined.shape[1]) * joined.unsqueeze(1)
-        first, *others = parts.split(patterns[0].shape[1], dim=2)
+        first, *others = parts.chunk(self.num_patterns, dim=2)
         for other in others:
             first = first + other
         return first
@@ -298,7 +305,8 @@ def _split(layer: nn.Linear | None, width: int) -> list[nn.Linear]:
     if layer is None:
         return []
     weight, bias = layer.weight.detach().T, layer.bias.detach()
-    pairs = zip(weight.split(width, dim=1), bias.split(width), strict=True)
+    count = len(bias) // width
+    pairs = zip(weight.chunk(count, dim=1), bias.chunk(count), strict=True)
     return [linear(part, part_bias) for part, part_bias in pairs]
 
 

@@ -61,9 +61,7 @@ def test_every_architecture_is_among_the_cases() -> None:
 
 @each_net
 @pytest.mark.parametrize("calibrators", [LINES, KNOTS], ids=["lines", "knots"])
-def test_serving_form_scores_as_the_training_form(
-    case: str, calibrators: list[Calibrator]
-) -> None:
+def test_serving_form_scores_as_the_training_form(case: str, calibrators: list[Calibrator]) -> None:
     assert_same(make(case), blocks([7, 1, 5, 12]), calibrators)
 
 
@@ -148,9 +146,7 @@ def rows(num_requests: int, per_request: int) -> Blocks:
 def some(whole: Blocks, take: slice) -> Blocks:
     return Blocks(
         request=whole.request,
-        candidate=CandidateBlock(
-            ids=whole.candidate.ids[take], dense=whole.candidate.dense[take]
-        ),
+        candidate=CandidateBlock(ids=whole.candidate.ids[take], dense=whole.candidate.dense[take]),
         request_of=whole.request_of[take],
     )
 
@@ -248,6 +244,4 @@ def test_gathered_blocks_have_a_request_row_per_candidate() -> None:
     made = gathered(given)
 
     assert made.request_of.tolist() == [0, 1, 2, 3, 4, 5]
-    np.testing.assert_array_equal(
-        made.request.ids, np.repeat(given.request.ids, 2, axis=0)
-    )
+    np.testing.assert_array_equal(made.request.ids, np.repeat(given.request.ids, 2, axis=0))
