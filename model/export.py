@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import platform
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -38,6 +39,7 @@ from model.contract.spec import FIRST_CODE, MISSING_CODE, UNKNOWN_CODE, Schema
 from model.dataset import EncodedSplit
 from model.golden import golden_requests, synthetic_requests
 from model.nets.layers import Net, NetInput
+from model.serving_graph import ServingGraph
 
 NUM_PARITY_ROWS = 100_000
 INPUT_NAMES = (
@@ -130,7 +132,8 @@ def export_bundle(
     names = encoder.schema.output_names
     raw = golden_requests(encoder, last_time=last_time)
     blocks = raw.encode(encoder)
-    model = to_onnx(graph, blocks=blocks, outputs=names)
+    serving = ServingGraph(net, calibrators, num_unserved=graph.num_unserved).eval()
+    model = optimised(to_onnx(serving, blocks=blocks, outputs=names))
     check_parity(graph, model, encoder=encoder, last_time=last_time)
     golden = Golden(
         time=raw.time,
@@ -165,7 +168,31 @@ def export_bundle(
     )
 
 
-def to_onnx(graph: ScoringGraph, *, blocks: Blocks, outputs: Sequence[str]) -> bytes:
+def plain_onnx(
+    net: Net, calibrators: Sequence[Calibrator], *, encoder: Encoder, last_time: float
+) -> bytes:
+    """The training form through the exporter and nothing else, as ONNX bytes.
+
+    What `ServingGraph` is compared with. It takes a bundle's inputs; to be plain in full, give it
+    one request row per candidate (`cost.gathered`).
+    """
+    graph = scoring_graph(net, calibrators, schema=encoder.schema)
+    blocks = golden_requests(encoder, last_time=last_time).encode(encoder)
+    return to_onnx(graph, blocks=blocks, outputs=encoder.schema.output_names)
+
+
+def optimised(model: bytes) -> bytes:
+    """The model as ONNX Runtime's own fusions leave it, those of one processor left out."""
+    options = session_options()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / MODEL
+        options.optimized_model_filepath = str(path)
+        ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return path.read_bytes()
+
+
+def to_onnx(graph: nn.Module, *, blocks: Blocks, outputs: Sequence[str]) -> bytes:
     """The graph as ONNX bytes; rows of requests and of candidates are free dimensions.
 
     Raises:
@@ -218,10 +245,15 @@ def run_torch(graph: ScoringGraph, blocks: Blocks, names: Sequence[str]) -> Prob
 
 def make_session(model: bytes) -> ort.InferenceSession:
     """A session on one thread."""
+    return ort.InferenceSession(model, session_options(), providers=["CPUExecutionProvider"])
+
+
+def session_options() -> ort.SessionOptions:
+    """One thread, all optimisations, errors only in the log."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return options
 
 
 def check_parity(graph: ScoringGraph, model: bytes, *, encoder: Encoder, last_time: float) -> None:

@@ -194,15 +194,23 @@ def export(run_dir: Path, out: Path, ignore_gates: bool, cache: Path, as_json: b
 
 @click.command()
 @click.argument("bundle", type=PATH)
+@click.option(
+    "--against-plain",
+    type=PATH,
+    metavar="RUN",
+    help="The bundle's run: time its plain export, too, runs interleaved.",
+)
 @JSON
-def inspect(bundle: Path, as_json: bool) -> None:
+def inspect(bundle: Path, against_plain: Path | None, as_json: bool) -> None:
     """Show what a bundle holds and what it costs to run."""
     from model.contract.bundle import read_bundle
-    from model.cost import run_cost
+    from model.cost import cost_against_plain, run_cost
 
     read = read_bundle(bundle)
     manifest = read.manifest
     cost = run_cost(read)
+    if against_plain is not None:
+        cost |= cost_against_plain(read, _plain(against_plain))
     if as_json:
         click.echo(json.dumps({"manifest": manifest.model_dump(mode="json"), "cost": cost}))
         return
@@ -215,7 +223,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
     for name, fitted in manifest.calibration.items():
         table.add_row(f"calibration of {name}", fitted["method"])
     for key, value in cost.items():
-        table.add_row(key, f"{value:,.1f}" if isinstance(value, float) else f"{value:,}")
+        table.add_row(key, f"{value:,}")
     Console().print(table)
     schema_table = Table("feature", "kind", "scope", "source", "codes", title="schema")
     for feature in read.fitted.schema_.features:
@@ -252,6 +260,17 @@ def snapshot(run_or_config: Path, as_of: str, out: Path, as_json: bool) -> None:
         f"{made.records}: {made.num_users:,} user records as of {facts['as_of']}, median "
         f"{made.median_record_bytes:,} bytes, largest {made.largest_record_bytes:,}\n"
         f"{made.items}: {made.num_items:,} items"
+    )
+
+
+def _plain(path: Path) -> bytes:
+    from model.contract.encode import Encoder
+    from model.export import plain_onnx
+    from model.run import read_run
+
+    run = read_run(path)
+    return plain_onnx(
+        run.net, run.calibrators, encoder=Encoder(run.fitted), last_time=run.last_time
     )
 
 

@@ -38,6 +38,7 @@ from model.nets import ARCHITECTURES, build_net
 from model.nets.layers import FieldEmbedding, Net, NetSpec
 from model.objectives import OBJECTIVES
 from model.run import EVALUATION, read_run, write_config, write_run
+from model.serving_graph import ServingGraph
 from model.tables import Tables
 from model.train import CHECKPOINT, Metrics, Progress, TrainResult, _Run, predict, train
 from service.features import Candidates, FeatureSource, GivenColumn
@@ -1134,7 +1135,8 @@ def test_graph_of_every_architecture_is_within_parity(
     graph = ScoringGraph(net, calibrators).eval()
     blocks = golden_requests(encoder, last_time=tiny.NOON).encode(encoder)
 
-    model = to_onnx(graph, blocks=blocks, outputs=encoder.schema.output_names)
+    serving = ServingGraph(net, calibrators).eval()
+    model = to_onnx(serving, blocks=blocks, outputs=encoder.schema.output_names)
 
     check_parity(graph, model, encoder=encoder, last_time=tiny.NOON)
     names = [output.name for output in make_session(model).get_outputs()]

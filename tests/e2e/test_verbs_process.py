@@ -216,6 +216,18 @@ def test_inspect_tells_what_the_bundle_holds(work: dict[str, Any]) -> None:
     assert told["cost"]["CPU us per run of 100 candidates"] > 0
 
 
+def test_inspect_compares_with_the_plain_export_of_a_run(work: dict[str, Any]) -> None:
+    run = work["path"] / "run"
+
+    cost = json.loads(ctr("inspect", work["bundle"], "--against-plain", run, "--json").stdout)[
+        "cost"
+    ]
+
+    assert cost["CPU us per plain run of 100 candidates"] > 0
+    assert {f"served : plain at {rows}" for rows in (1, 20, 100, 400)} <= set(cost)
+    assert cost["multiply-adds per candidate"] > 0
+
+
 def test_proposed_schema_of_the_log_is_taken_back(work: dict[str, Any], tmp_path: Path) -> None:
     schema = tmp_path / "schema.toml"
     ctr("schema", work["path"] / "impressions.parquet", "--out", schema)
