@@ -95,7 +95,7 @@ def _read_plan(directory: Path) -> Plan:
         return Plan(
             requests=_read_parts(directory / _BYTES, arrays["ends"]),
             order=arrays["order"],
-            times=arrays["times"] if "times" in arrays else None,
+            times=arrays.get("times"),
             **scalars,
         )
 
@@ -109,7 +109,7 @@ def _write_trace(trace: Trace, directory: Path) -> None:
 
 
 def _read_trace(directory: Path) -> Trace:
-    meta: dict[str, float] = json.loads((directory / _TRACE_META).read_text())
+    meta: dict[str, Any] = json.loads((directory / _TRACE_META).read_text())  # Any: JSON
     with np.load(directory / _TRACE, allow_pickle=False) as arrays:
         columns = {name: arrays[name] for name in _COLUMNS}
         answers = _read_parts(directory / _ANSWERS, arrays["ends"])

@@ -125,6 +125,7 @@ class ServiceProcess:
         }
         self._cpu = cpu
         self._process: subprocess.Popen[bytes] | None = None
+        self.ready_s = 0.0  # from the last start to readiness
 
     @property
     def pid(self) -> int:
@@ -132,12 +133,18 @@ class ServiceProcess:
         assert self._process is not None
         return self._process.pid
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it has been started and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
     def start(self) -> None:
         """Starts it and waits until it is ready.
 
         Raises:
             RuntimeError: It ended instead.
         """
+        began_at = time.monotonic()
         with pinned(self._cpu):
             self._process = subprocess.Popen(
                 self._command, env=self._environment, stderr=subprocess.DEVNULL
@@ -145,6 +152,7 @@ class ServiceProcess:
         code = wait_until_ready(self.url, self._process)
         if code is not None:
             raise RuntimeError(f"the service ended with exit code {code}: {self._command}")
+        self.ready_s = time.monotonic() - began_at
 
     def signal(self, number: signal.Signals) -> None:
         """Sends a signal."""

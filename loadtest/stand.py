@@ -114,7 +114,11 @@ class Target:
         parts = urlsplit(self.url)
         assert parts.hostname is not None
         return Plan(
-            host=parts.hostname, port=parts.port or 80, requests=self.requests, order=order, **options
+            host=parts.hostname,
+            port=parts.port or 80,
+            requests=self.requests,
+            order=order,
+            **options,
         )
 
     def _run(self, plan: Plan, seconds: float, actions: Sequence[Action]) -> Measured:
@@ -164,6 +168,7 @@ class StandOptions:
         workers: Worker processes of the service.
         settings: Environment variables of the service.
         pin: Whether processes are pinned to cores; only done where there are two or more.
+        second_bundle: To swap to; None skips what needs it.
     """
 
     bundle: Path
@@ -172,6 +177,7 @@ class StandOptions:
     workers: int = 1
     settings: Mapping[str, str] | None = None
     pin: bool = True
+    second_bundle: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
