@@ -65,7 +65,7 @@ def sigterm(stand: Stand, base: Base) -> Outcome:
         measured = replace(target, pid=None).open_loop(
             times, seconds=last, seed=base.seed, actions=[(at, terminate)]
         )
-        code = stand.service.end()
+        code = stand.service.wait()
         took = time.monotonic() - signalled[0]
     finally:
         stand.service.start()

@@ -29,6 +29,7 @@ _PR_SET_TIMERSLACK = 29
 _RECEIVE_BYTES = 1 << 18
 _MAX_EVENTS = 16  # then it is looked again whether a request is due
 _CONNECT_TIMEOUT_S = 5.0
+_DEGRADED, _DEGRADED_WITHIN = b'"degraded":["', 600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +284,8 @@ class OpenLoop:
             return
         if connection.left:
             connection.left -= len(data)
+            # Head and body may come apart; the flag stands in the body's first bytes.
+            self._degraded[index] |= data.find(_DEGRADED, 0, _DEGRADED_WITHIN) >= 0
             if self._answers:
                 self._answers[index] += data
         else:
@@ -307,7 +310,7 @@ class OpenLoop:
         index = connection.index
         # Negative until the last byte is there.
         self._status[index] = -int(data[9:12])
-        self._degraded[index] = data.find(b'"degraded":["', end, end + 600) > 0
+        self._degraded[index] = data.find(_DEGRADED, end, end + _DEGRADED_WITHIN) > 0
         if b"\r\nconnection: close" in head:
             connection.is_open = False
         if self._answers:

@@ -158,11 +158,16 @@ class ServiceProcess:
         """Sends a signal."""
         os.kill(self.pid, number)
 
+    def wait(self) -> int:
+        """Waits for it to end by itself and returns the exit code."""
+        assert self._process is not None
+        return self._process.wait(30)
+
     def end(self) -> int:
         """Sends SIGTERM if it still runs, waits, and returns the exit code."""
         assert self._process is not None
         self._process.terminate()
-        return self._process.wait(30)
+        return self.wait()
 
     def __enter__(self) -> Self:
         try:
