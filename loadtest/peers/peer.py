@@ -152,7 +152,7 @@ def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
         except httpx.TransportError:
             pass
         time.sleep(0.1)
-    tail = log.read_text(errors="replace")[-2000:]
+    tail = log.read_text(errors="replace")[-6000:]
     raise RuntimeError(f"a peer did not become ready at {url}:\n{tail}")
 
 
@@ -208,6 +208,7 @@ def _start_triton(launch: Launch) -> tuple[list[str], dict[str, str]]:
     model = launch.directory / "models" / _TRITON_NAME
     (model / "1").mkdir(parents=True)
     shutil.copy(SERVERS / "triton_model.py", model / "1" / "model.py")
+    shutil.copy(SERVERS / "graph.py", model / "1" / "graph.py")
     (model / "config.pbtxt").write_text(_triton_config(launch))
     ports = [free_port(), free_port()]
     command = [str(triton / "bin" / "tritonserver"), "--model-repository", str(model.parent)]
@@ -219,8 +220,7 @@ def _start_triton(launch: Launch) -> tuple[list[str], dict[str, str]]:
     environment = {
         "LD_LIBRARY_PATH": ":".join([*libraries, os.environ.get("LD_LIBRARY_PATH", "")]),
         "PYTHONHOME": sys.base_prefix,
-        # The backend's interpreter sees no virtual environment by itself.
-        "PYTHONPATH": f"{packages}:{SERVERS}",
+        "PEER_SITE_PACKAGES": str(packages),
     }
     return command, environment
 

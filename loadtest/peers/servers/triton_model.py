@@ -1,6 +1,11 @@
 """Triton, Python backend: one run per batch that Triton's dynamic batcher forms."""
 
+import os
+import sys
 from typing import Any
+
+# The backend's interpreter heeds no PYTHONPATH and sees no virtual environment.
+sys.path.insert(0, os.environ["PEER_SITE_PACKAGES"])
 
 import numpy as np
 import triton_python_backend_utils as triton
