@@ -21,6 +21,7 @@ from service.settings import load_settings
 SWAPS = 50
 SWAP_BOUND_MIB = 20.0
 SWAP_TIMEOUT_S = 60.0
+LEAST_AFTER_SWAP_S = 8.0  # a bundle and a large item table take seconds to load
 POISON_EVERY = 20
 _SETTLED_S = 0.1  # after a fault, until every look-up under way has ended
 _NO_RELOAD = "the service does not reload on SIGHUP"
@@ -91,12 +92,11 @@ def bundle_swap(stand: Stand, base: Base) -> Outcome:
         return Outcome(name="bundle-swap", skipped=_NO_RELOAD)
     target, at = stand.target(), base.seconds / 2.0
     first = stand.options.bundle
-    times = arrival_times(
-        base.saturation / 2.0, base.seconds * 2.0, rng=np.random.default_rng(base.seed)
-    )
+    end = at + max(1.5 * base.seconds, LEAST_AFTER_SWAP_S)
+    times = arrival_times(base.saturation / 2.0, end, rng=np.random.default_rng(base.seed))
     measured = target.open_loop(
         times,
-        seconds=base.seconds * 2.0,
+        seconds=end,
         seed=base.seed,
         actions=[(at, lambda: _point_at(stand, first))],
         keep_answers=True,
@@ -104,7 +104,7 @@ def bundle_swap(stand: Stand, base: Base) -> Outcome:
     _wait_for_bundle(stand, first)
     is_new = np.array([_bundle_of(answer) == first.name for answer in measured.trace.answers])
     new_at = measured.trace.scheduled[is_new & (measured.trace.status == 200)]
-    marks = {"before": (0.0, at), "from the swap on": (at, base.seconds * 2.0)}
+    marks = {"before": (0.0, at), "from the swap on": (at, end)}
     return Outcome(
         name="bundle-swap",
         runs=phases(measured, marks, late_limit_ms=target.late_limit_ms),
