@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loadtest.stand import Measured, Target
-from loadtest.summary import median_of
+from loadtest.summary import QUANTILES, median_of
 
 SWEEP_SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
 KNEE_TAIL = 5.0  # the knee is the last rate whose p99 is within so many p50 of the lowest rate
@@ -158,10 +158,9 @@ def _point(rate: float, runs: Sequence[Measured]) -> Point:
     good = [run for run in runs if run.summary.void is None]
     # With no repeat that counts the figures are shown all the same, and marked.
     used = good or list(runs)
-    names = list(used[0].summary.latency_ms)
+    answered = [run.summary.latency_ms for run in used if run.summary.latency_ms]
     values = {
-        name: [run.summary.latency_ms[name] for run in used if run.summary.latency_ms]
-        for name in names
+        name: [latency[name] for latency in answered] for name in (QUANTILES if answered else ())
     }
     servers = [run.server for run in used if run.server is not None]
     outside = [server.outside_us for server in servers if server.outside_us is not None]
@@ -175,7 +174,7 @@ def _point(rate: float, runs: Sequence[Measured]) -> Point:
         highest_ms={name: max(each) for name, each in values.items()},
         cpu_us=round(median_of([server.cpu_us for server in servers]), 1) if servers else None,
         outside_us=round(median_of(outside), 1) if outside else None,
-        late_p99_ms=median_of([run.summary.late_ms["p99"] for run in used]),
+        late_p99_ms=median_of([run.summary.late_ms.get("p99", 0.0) for run in used]),
         repeats=len(runs),
         void=len(runs) - len(good),
     )

@@ -1,15 +1,13 @@
 """What the generator itself can send, measured on a server that only answers."""
 
-import socket
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from typing import Any
 
 from loadtest.openloop import http_request
 from loadtest.procs import pinned
-from loadtest.rig import free_port
+from loadtest.rig import free_port, wait_for_port
 from loadtest.stand import Target, core_pair
 
 _RATES = (1000, 2000, 3000, 5000, 7000, 10_000, 14_000, 20_000, 28_000, 40_000)
@@ -39,7 +37,7 @@ def measure_ceiling(*, seconds: float, pin: bool, seed: int) -> Ceiling:
     tried: list[dict[str, Any]] = []
     best: tuple[float, float] | None = None
     try:
-        _wait_for_port(port)
+        wait_for_port(port)
         target = Target(
             url=f"http://127.0.0.1:{port}",
             requests=[http_request("127.0.0.1", "/", b"x" * _BODY_BYTES)],
@@ -66,16 +64,3 @@ def measure_ceiling(*, seconds: float, pin: bool, seed: int) -> Ceiling:
         process.terminate()
         process.wait(10)
     return Ceiling(rate=best[0] if best else None, p50_ms=best[1] if best else None, tried=tried)
-
-
-def _wait_for_port(port: int) -> None:
-    deadline = time.monotonic() + 10.0
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1.0).close()
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
-        else:
-            return

@@ -128,10 +128,14 @@ def _read_parts(path: Path, ends: npt.NDArray[np.int64]) -> list[bytes]:
 
 
 def _main(directory: Path) -> None:
-    loop = OpenLoop(_read_plan(directory))
+    plan = _read_plan(directory)
+    loop = OpenLoop(plan)
     gc.collect()
     gc.disable()
-    trace = loop.run(lambda at: print(at, flush=True))  # noqa: T201 - how the parent learns of it
+    try:
+        trace = loop.run(lambda at: print(at, flush=True))  # noqa: T201 - how the parent learns it
+    except OSError as exc:
+        sys.exit(f"the load generator cannot reach {plan.host}:{plan.port}: {exc.strerror}")
     _write_trace(trace, directory)
 
 

@@ -23,8 +23,9 @@ class _Null(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if not self._left:
             end = data.index(b"\r\n\r\n")
-            place = data.index(b"content-length: ") + 16
-            length = int(data[place : data.index(b"\r\n", place)])
+            head = data[: end + 2].lower()
+            place = head.index(b"content-length:") + 15
+            length = int(head[place : head.index(b"\r\n", place)])
             self._left = end + 4 + length
         self._left -= len(data)
         if not self._left:

@@ -169,6 +169,7 @@ class StandOptions:
         settings: Environment variables of the service.
         pin: Whether processes are pinned to cores; only done where there are two or more.
         second_bundle: To swap to; None skips what needs it.
+        late_limit_ms: Of the generator; see `summarize`.
     """
 
     bundle: Path
@@ -178,6 +179,7 @@ class StandOptions:
     settings: Mapping[str, str] | None = None
     pin: bool = True
     second_bundle: Path | None = None
+    late_limit_ms: float = LATE_LIMIT_MS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +205,7 @@ class Stand:
             pid=self.service.pid,
             has_metrics=True,
             generator_cpu=self.generator_cpu,
+            late_limit_ms=self.options.late_limit_ms,
         )
 
 

@@ -61,7 +61,7 @@ def summarize(trace: Trace, *, seconds: float, late_limit_ms: float) -> Summary:
     """Figures of a trace whose schedule is so long.
 
     Args:
-        trace: Of at least one request.
+        trace: An empty one is void.
         seconds: Length of the schedule.
         late_limit_ms: The run is void if 1 % of its requests left later than this.
     """
@@ -129,7 +129,9 @@ def _worst_second(trace: Trace) -> float | None:
 
 
 def _why_void(late: dict[str, float], cpu_share: float, limit_ms: float) -> str | None:
-    if late and late["p99"] > limit_ms:
+    if not late:
+        return "no request was scheduled"
+    if late["p99"] > limit_ms:
         return f"the generator was late: p99 {late['p99']:.2f} ms, allowed {limit_ms:g} ms"
     if cpu_share > MAX_CPU_SHARE:
         return f"the generator was busy {cpu_share:.0%} of the time, allowed {MAX_CPU_SHARE:.0%}"

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import urlsplit
@@ -15,6 +15,7 @@ from rich.console import Console
 from loadtest import report
 from loadtest.capacity import find_capacity, sweep
 from loadtest.ceiling import measure_ceiling
+from loadtest.generator import GeneratorError
 from loadtest.outcome import Base, Outcome
 from loadtest.scenarios import LONG, SCENARIOS
 from loadtest.schedule import Arrivals
@@ -124,7 +125,10 @@ def load(**given: Any) -> None:  # Any: checked by click
     pinned to a core apart from the generator. Exit code 4 when a run is void or a claim fails.
     """
     options = LoadOptions(**given)
-    result = run_load(options, progress=Console(stderr=True))
+    try:
+        result = run_load(options, progress=Console(stderr=True))
+    except GeneratorError as exc:
+        raise click.ClickException(str(exc)) from exc
     if options.out is not None:
         report.write_json(options.out / "load.json", result)
     if options.as_json:
@@ -169,7 +173,7 @@ class _Run:
         options = self._options
         if options.url is None:
             with open_stand(self._stand_options(), self._bodies()) as stand:
-                yield self._lenient(stand.target()), stand
+                yield stand.target(), stand
             return
         if urlsplit(options.url).port is None:
             raise click.UsageError("--url: name the port, as in http://127.0.0.1:8000")
@@ -180,9 +184,10 @@ class _Run:
             pid=options.pid,
             has_metrics=options.pid is not None and _has_metrics(options.url),
             generator_cpu=generator_cpu,
+            late_limit_ms=options.late_ms,
         )
         target.saturate(WARM_UP_S)
-        yield self._lenient(target), None
+        yield target, None
 
     def on_target(self, target: Target, stand: Stand | None) -> None:
         """Single rate, sweep, search, scenarios."""
@@ -312,9 +317,6 @@ class _Run:
             timeout_ms=options.timeout_ms or load_settings().limits.timeout_ms,
         )
 
-    def _lenient(self, target: Target) -> Target:
-        return replace(target, late_limit_ms=self._options.late_ms)
-
     def _stand_options(self) -> StandOptions:
         options = self._options
         if options.bundle is None or options.items is None or options.records is None:
@@ -326,6 +328,7 @@ class _Run:
             workers=options.workers,
             pin=options.pin,
             second_bundle=options.second_bundle,
+            late_limit_ms=options.late_ms,
         )
 
     def _workload(self) -> Workload:

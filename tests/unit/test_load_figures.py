@@ -1,16 +1,20 @@
 """What is made of a trace: quantiles, void runs, the knee, capacity."""
 
+import io
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import cast
 
 import numpy as np
 import pytest
 from hdrh.histogram import HdrHistogram
+from rich.console import Console
 
-from loadtest.capacity import Point, find_capacity, find_knee
+from loadtest.capacity import Point, Sweep, find_capacity, find_knee
 from loadtest.faults import make_poison
 from loadtest.loads import _refusal_cpu_us
 from loadtest.openloop import BROKEN, UNANSWERED, Trace
+from loadtest.report import draw_sweep, show_sweep
 from loadtest.stand import Measured, ServerUse, Target
 from loadtest.summary import Summary, summarize
 
@@ -80,6 +84,22 @@ def test_a_run_without_any_answer_has_no_latency() -> None:
     summary = _summary(_trace([1.0, 1.0], status=[BROKEN, BROKEN]))
     assert summary.latency_ms == {}
     assert summary.statuses == {"cut off": 2}
+
+
+def test_a_run_without_any_request_is_void() -> None:
+    summary = summarize(_trace([]), seconds=1.0, late_limit_ms=1.0)
+    assert summary.void == "no request was scheduled"
+    assert (summary.requests, summary.failed_share) == (0, 0.0)
+
+
+def test_sweep_is_shown_and_drawn(tmp_path: Path) -> None:
+    points = [_point(10, 2), _point(100, 3), _point(200, 40, failed=0.5)]
+    found = Sweep(saturation=180.0, points=points, knee=find_knee(points))
+    console = Console(file=io.StringIO(), width=170)
+    show_sweep(console, found)
+    draw_sweep(tmp_path / "deep" / "load.png", found, caption="three rates")
+    assert "knee 100" in cast(io.StringIO, console.file).getvalue()
+    assert (tmp_path / "deep" / "load.png").read_bytes().startswith(b"\x89PNG")
 
 
 def _point(rate: float, p99: float, *, failed: float = 0.0) -> Point:

@@ -15,7 +15,7 @@ import pytest
 from loadtest.generator import GeneratorError, generate
 from loadtest.openloop import BROKEN, REFUSED, OpenLoop, Plan, Trace, http_request
 from loadtest.procs import cpu_seconds, resident_bytes, tree
-from loadtest.rig import free_port
+from loadtest.rig import free_port, wait_for_port
 from loadtest.schedule import arrival_times, steps
 
 REQUEST = http_request("localhost", "/score", b'{"n":1}')
@@ -26,22 +26,11 @@ def null_server() -> Iterator[tuple[int, "subprocess.Popen[bytes]"]]:
     port = free_port()
     process = subprocess.Popen([sys.executable, "-m", "loadtest.nullserver", str(port)])
     try:
-        _wait_for_port(port)
+        wait_for_port(port)
         yield port, process
     finally:
         process.kill()
         process.wait(10)
-
-
-def _wait_for_port(port: int) -> None:
-    deadline = time.monotonic() + 20.0
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1.0).close()
-            return
-        except OSError:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
 
 
 @contextmanager

@@ -106,7 +106,9 @@ def test_population_of_a_snapshot(tiny_bundle: Path, tiny_items: Path, tmp_path:
     population = read_population(tiny_bundle, tiny_items, records)
     assert list(population.users) == [7, "anna"]
     assert list(population.items) == [1, 2, 3, 4]
-    assert population.time.startswith("2023-11-15")
+    # An hour after the records were made.
+    assert population.time == "2023-11-14T13:00:00Z"
+    assert population.context.keys() >= {"store_id"}
 
 
 def test_bodies_of_a_file_get_another_deadline(tmp_path: Path) -> None:
