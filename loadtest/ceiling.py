@@ -28,7 +28,7 @@ class Ceiling:
     tried: list[dict[str, Any]]  # Any: JSON
 
 
-def measure_ceiling(*, seconds: float, pin: bool, seed: int) -> Ceiling:
+def measure_ceiling(*, seconds: float, pin: bool, seed: int, late_limit_ms: float) -> Ceiling:
     """Raises the rate until a run is void or an answer is missing."""
     server_cpu, generator_cpu = core_pair(pin=pin)
     port = free_port()
@@ -44,6 +44,7 @@ def measure_ceiling(*, seconds: float, pin: bool, seed: int) -> Ceiling:
             pid=process.pid,
             has_metrics=False,
             generator_cpu=generator_cpu,
+            late_limit_ms=late_limit_ms,
         )
         for rate in _RATES:
             figures = target.at_rate(rate, seconds, seed=seed).summary

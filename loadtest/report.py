@@ -19,6 +19,7 @@ from loadtest.stand import Measured
 from loadtest.summary import QUANTILES, Summary
 from loadtest.vary import Variant
 
+_LOG_SPAN = 50  # greatest by least value from which on both axes are logarithmic
 _LATENCY_COLUMNS = ("p50", "p90", "p99", "p99.9", "max")
 
 
@@ -200,12 +201,14 @@ def draw_variants(path: Path, dimension: str, variants: Sequence[Variant]) -> No
         left.plot(values, heights, marker="o", label=label)
     heights = [v.half.summary.latency_ms.get("p99", float("nan")) for v in variants]
     left.plot(values, heights, marker="o", label="p99 at half of saturation")
-    left.set(xlabel=dimension, ylabel="latency, ms", ylim=(0, None))
+    left.set(xlabel=dimension, ylabel="latency, ms")
     right.plot(values, [v.saturation.summary.achieved_per_s for v in variants], marker="o")
-    right.set(xlabel=dimension, ylabel="requests/s at saturation", ylim=(0, None))
-    if max(values) > 100 * max(min(values), 1):
-        left.set(xscale="log", yscale="log", ylim=(None, None))
-        right.set(xscale="log", yscale="log", ylim=(None, None))
+    right.set(xlabel=dimension, ylabel="requests/s at saturation")
+    for axes in (left, right):
+        if max(values) > _LOG_SPAN * max(min(values), 1):
+            axes.set(xscale="log", yscale="log")
+        else:
+            axes.set(ylim=(0, None))
     left.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

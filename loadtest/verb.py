@@ -211,10 +211,18 @@ class _Run:
     def ceiling(self) -> None:
         """The generator alone."""
         options = self._options
-        found = measure_ceiling(seconds=options.seconds, pin=options.pin, seed=options.seed)
+        found = measure_ceiling(
+            seconds=options.seconds,
+            pin=options.pin,
+            seed=options.seed,
+            late_limit_ms=options.late_ms,
+        )
         self.result["ceiling"] = asdict(found)
+        if found.rate is None:
+            self._check_void("ceiling", "the generator was late at every rate")
+            return
         self._console.print(
-            f"the generator alone: {found.rate or 0:.0f} requests/s of 1 kB on one core; a server "
+            f"the generator alone: {found.rate:.0f} requests/s of 1 kB on one core; a server "
             f"that does nothing is seen to take {found.p50_ms} ms",
             highlight=False,
         )
