@@ -48,6 +48,18 @@ def resident_bytes(pid: int) -> int:
     return total
 
 
+def proportional_bytes(pid: int) -> int:
+    """Resident memory of the tree in which a page shared by n processes counts as n-th parts."""
+    total = 0
+    for member in tree(pid):
+        try:
+            lines = Path(f"/proc/{member}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue  # It ended meanwhile.
+        total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
+    return total
+
+
 @contextmanager
 def pinned(cpu: int | None) -> Iterator[None]:
     """Processes started inside the block run on this core only; None changes nothing."""

@@ -138,7 +138,7 @@ def show_variants(console: Console, dimension: str, variants: Sequence[Variant])
     """One line per value."""
     table = Table(title=f"Against {dimension}", title_justify="left")
     columns = ("requests/s", "unloaded p50", "half p50", "half p99", "CPU us", "outside us")
-    for name in (dimension, *columns, "RSS MiB", "ready s"):
+    for name in (dimension, *columns, "RSS MiB", "PSS MiB", "ready s"):
         table.add_column(name, justify="right")
     for variant in variants:
         saturation, half = variant.saturation, variant.half
@@ -152,6 +152,7 @@ def show_variants(console: Console, dimension: str, variants: Sequence[Variant])
             "" if server is None else f"{server.cpu_us:.0f}",
             "" if server is None or server.outside_us is None else f"{server.outside_us:.0f}",
             "" if server is None else f"{server.rss_mib:.0f}",
+            "" if server is None else f"{server.pss_mib:.0f}",
             f"{variant.ready_s:.1f}",
         )
     console.print(table)

@@ -16,7 +16,7 @@ import numpy as np
 
 from loadtest.generator import Action, generate
 from loadtest.openloop import Plan, Trace, http_request
-from loadtest.procs import cores, cpu_seconds, resident_bytes
+from loadtest.procs import cores, cpu_seconds, proportional_bytes, resident_bytes
 from loadtest.rig import RedisProcess, ServiceProcess
 from loadtest.schedule import Arrivals, Times, arrival_times
 from loadtest.summary import Summary, summarize
@@ -35,7 +35,8 @@ class ServerUse:
         run_us: Of that time, wall time of the model runs by the service's own /metrics.
         outside_us: `cpu_us` without `run_us`.
         cpu_share: CPU time by wall time of the schedule; 1 is one core.
-        rss_mib: Resident memory after the run.
+        rss_mib: Resident memory after the run, shared pages counted for each process.
+        pss_mib: Likewise, shared pages counted once.
     """
 
     cpu_us: float
@@ -43,6 +44,7 @@ class ServerUse:
     outside_us: float | None
     cpu_share: float
     rss_mib: float
+    pss_mib: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +156,7 @@ class Target:
             outside_us=round((cpu_s - run_s) / answered * 1e6, 1) if known else None,
             cpu_share=round(cpu_s / seconds, 3),
             rss_mib=round(resident_bytes(self.pid) / 2**20, 1),
+            pss_mib=round(proportional_bytes(self.pid) / 2**20, 1),
         )
 
 

@@ -27,6 +27,7 @@ from service.state import load_serving_state
 
 OURS = "this service"
 MAX_FAILED_SHARE = 0.01
+_NO_OUTPUTS = ("item_id", "status")
 _ONNX_TYPES = {"tensor(int64)": "TYPE_INT64", "tensor(float)": "TYPE_FP32"}
 
 Key = tuple[str, str]  # server, format
@@ -246,12 +247,11 @@ _JSON = {"content-type": "application/json"}
 
 def _read_ours(body: bytes) -> Outputs:
     answer: Any = msgspec.json.decode(body)  # Any: JSON
-    items = answer["items"]
-    # Rows: a list of objects. Columns: an object of lists.
-    names = [name for name in (items if isinstance(items, dict) else items[0]) if name[0] == "p"]
-    if isinstance(items, dict):
-        return {name: np.array(items[name]) for name in names}
-    return {name: np.array([item[name] for item in items]) for name in names}
+    columns = answer.get("columns")
+    if columns is None:
+        items = answer["items"]
+        columns = {name: [item.get(name) for item in items] for name in items[0]}
+    return {n: np.array(values) for n, values in columns.items() if n not in _NO_OUTPUTS}
 
 
 def _request(url: str, path: str, entry: Format, blocks: Blocks) -> bytes:

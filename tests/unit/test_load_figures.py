@@ -193,7 +193,12 @@ def test_cost_of_a_refusal_is_told_apart_from_that_of_an_answer() -> None:
         trace = _trace([1.0] * (answered + refused), status=[200] * answered + [503] * refused)
         used_us = answered * 500.0 + refused * 90.0
         use = ServerUse(
-            cpu_us=used_us / answered, run_us=None, outside_us=None, cpu_share=1.0, rss_mib=1.0
+            cpu_us=used_us / answered,
+            run_us=None,
+            outside_us=None,
+            cpu_share=1.0,
+            rss_mib=1.0,
+            pss_mib=1.0,
         )
         runs.append(Measured(summary=_summary(trace), server=use, trace=trace))
     assert _refusal_cpu_us(runs) == pytest.approx(90.0)

@@ -14,7 +14,7 @@ import pytest
 
 from loadtest.generator import GeneratorError, generate
 from loadtest.openloop import BROKEN, REFUSED, OpenLoop, Plan, Trace, http_request
-from loadtest.procs import cpu_seconds, resident_bytes, tree
+from loadtest.procs import cpu_seconds, proportional_bytes, resident_bytes, tree
 from loadtest.rig import free_port, wait_for_port
 from loadtest.schedule import arrival_times, steps
 
@@ -207,6 +207,8 @@ def test_cpu_and_memory_of_a_tree_count_its_children() -> None:
         child = next(pid for pid in tree(process.pid) if pid != process.pid)
         _until(lambda: resident_bytes(child) > 1 << 20)
         assert resident_bytes(process.pid) > resident_bytes(child)
+        # Two interpreters share most of their code.
+        assert 0 < proportional_bytes(process.pid) < resident_bytes(process.pid)
         _until(lambda: cpu_seconds(process.pid) > 0.0)
     finally:
         process.communicate(b"\n", timeout=10)

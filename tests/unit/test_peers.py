@@ -160,7 +160,7 @@ def test_schema_with_histories_is_refused(tiny_state: ServingState, tmp_path: Pa
 
 def test_columns_and_rows_of_our_answer_read_alike() -> None:
     rows = b'{"items":[{"item_id":1,"pctr":0.5,"status":"ok"},{"item_id":2,"pctr":0.25}]}'
-    columns = b'{"items":{"item_id":[1,2],"pctr":[0.5,0.25],"status":["ok","ok"]}}'
+    columns = b'{"columns":{"item_id":[1,2],"pctr":[0.5,0.25],"status":["ok","ok"]}}'
     assert _read_ours(rows)["pctr"].tolist() == _read_ours(columns)["pctr"].tolist() == [0.5, 0.25]
 
 
