@@ -55,7 +55,7 @@ class Plan:
     times: npt.NDArray[np.float64] | None = None
     callers: int = 0
     seconds: float = 0.0
-    connections: int = 16
+    connections: int = 64
     keep_answers: bool = False
 
 

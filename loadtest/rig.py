@@ -57,9 +57,10 @@ class RedisProcess:
         asyncio.run(self._fill(records))
 
     def end(self, how: signal.Signals = signal.SIGTERM) -> None:
-        """Sends the signal and waits for the end."""
+        """Sends the signal and waits for the end, of a server that is stopped, too."""
         assert self._process is not None
         self._process.send_signal(how)
+        self._process.send_signal(signal.SIGCONT)
         self._process.wait(30)
 
     async def _fill(self, records: Path) -> None:
@@ -164,10 +165,19 @@ class ServiceProcess:
         return self._process.wait(30)
 
     def end(self) -> int:
-        """Sends SIGTERM if it still runs, waits, and returns the exit code."""
+        """Sends SIGTERM if it still runs, waits, and returns the exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: It did not leave, and has been killed.
+        """
         assert self._process is not None
         self._process.terminate()
-        return self.wait()
+        try:
+            return self.wait()
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            raise
 
     def __enter__(self) -> Self:
         try:

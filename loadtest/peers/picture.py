@@ -27,6 +27,7 @@ def draw(path: Path, result: Comparison) -> None:
     right.bar_label(bars, fmt="%.0f")
     right.set(xlabel=f"requests/s on one core; peers run the {result.graph} graph")
     right.set_yticklabels([])
+    right.margins(x=0.15)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
