@@ -43,7 +43,8 @@ class CompareOptions:
         bodies: Of POST /score by what they are called; the first are those the peers get, encoded.
         venvs: Directory of the peers' environments.
         peers: Names out of `PEERS`.
-        plain_model: ONNX file for the peers; None gives them the served graph.
+        plain_model: ONNX file for the peers, run with one request row per candidate; None gives
+            them the served graph.
         rounds: Of all servers, one after another.
         seconds: Of each run.
         rate: Of the open loop, which all servers must be able to keep.
@@ -127,7 +128,8 @@ def compare(options: CompareOptions, *, progress: Callable[[str], None]) -> Comp
     server_cpu, _ = core_pair(pin=options.stand.pin)
     model_us = {"served": model_cpu_us(served, blocks, cpu=server_cpu)}
     if options.plain_model is not None:
-        model_us["plain"] = model_cpu_us(options.plain_model, blocks, cpu=server_cpu)
+        plain = options.plain_model
+        model_us["plain"] = model_cpu_us(plain, blocks, cpu=server_cpu, gather=True)
     graph = "served" if options.plain_model is None else "plain"
     runs: dict[Key, list[Pair]] = {}
     sizes: dict[Key, int] = {}
@@ -199,6 +201,7 @@ def _launch(server: str, options: CompareOptions, directory: Path) -> Launch:
         environment={
             "PEER_MODEL": str(model.resolve()),
             "PEER_MAX_REQUESTS": str(options.max_requests),
+            "PEER_GATHER": "0" if options.plain_model is None else "1",
             "OMP_NUM_THREADS": "1",
         },
         inputs={

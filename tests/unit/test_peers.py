@@ -101,12 +101,17 @@ def _model(path: Path, *, is_plain: bool) -> Path:
     return path
 
 
-@pytest.mark.parametrize("is_plain", [False, True], ids=["served", "plain"])
+@pytest.mark.parametrize(
+    ("is_plain", "gather"),
+    [(False, "0"), (False, "1"), (True, "0")],
+    ids=["served", "plain, with request_of", "plain, without"],
+)
 def test_graph_gives_each_request_its_own_answers(
-    is_plain: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_plain: bool, gather: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = _model(tmp_path / "model.onnx", is_plain=is_plain)
     monkeypatch.setenv("PEER_MODEL", str(model))
+    monkeypatch.setenv("PEER_GATHER", gather)
     graph = Graph()
     requests = [_blocks(3, seed=1), _blocks(1, seed=2), _blocks(5, seed=3)]
     given = [as_object(requests[0]), as_base64(requests[1]), as_object(requests[2])]
@@ -181,7 +186,8 @@ def test_yardstick_answers_as_a_process(tmp_path: Path) -> None:
     with running_peer(peer, launch, cpu=None) as (url, _):
         answer = httpx.post(f"{url}{peer.path}", content=form.encode(blocks)[0])
     assert form.read(answer.content)["pctr"].tolist() == pytest.approx(_expected(blocks), rel=1e-5)
-    assert model_cpu_us(model, [blocks], cpu=None) > 0.0
+    for gather in (False, True):
+        assert model_cpu_us(model, [blocks], cpu=None, gather=gather) > 0.0
 
 
 def test_a_peer_that_does_not_start_says_why(tmp_path: Path) -> None:

@@ -23,7 +23,11 @@ Arrays = dict[str, Any]  # Any: arrays of two kinds
 
 
 class Graph:
-    """One session with one thread; PEER_MODEL names the file."""
+    """One session with one thread; PEER_MODEL names the file.
+
+    With PEER_GATHER=1 a request's own row is repeated for each of its candidates before the run, as
+    a model without `request_of` needs it in any case.
+    """
 
     def __init__(self) -> None:
         options = ort.SessionOptions()
@@ -34,6 +38,7 @@ class Graph:
         inputs = self.session.get_inputs()
         self.widths = {entry.name: entry.shape[1] for entry in inputs if entry.name in DTYPES}
         self.takes_request_of = any(entry.name == "request_of" for entry in inputs)
+        self.gathers = os.environ.get("PEER_GATHER") == "1" or not self.takes_request_of
         self.outputs = [entry.name for entry in self.session.get_outputs()]
 
     def parse(self, given: Any) -> Arrays:
@@ -50,12 +55,13 @@ class Graph:
         sizes = [len(request["candidate_ids"]) for request in requests]
         feeds = {name: np.concatenate([r[name] for r in requests]) for name in self.widths}
         request_of = np.repeat(np.arange(len(requests)), sizes)
-        if self.takes_request_of:
-            feeds["request_of"] = request_of
-        else:
+        if self.gathers:
             for name in feeds:
                 if name.startswith("request_"):
                     feeds[name] = feeds[name][request_of]
+            request_of = np.arange(len(request_of))
+        if self.takes_request_of:
+            feeds["request_of"] = request_of
         ends = np.cumsum(sizes)[:-1]
         columns = [np.split(values, ends) for values in self.session.run(self.outputs, feeds)]
         return [dict(zip(self.outputs, parts, strict=True)) for parts in zip(*columns, strict=True)]
