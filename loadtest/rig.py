@@ -205,6 +205,11 @@ def running_service(*, bundle: Path, items: Path | None, store_url: str) -> Iter
         yield service.url
 
 
+def leave_on_sigterm() -> None:
+    """Lets SIGTERM end this process as an exception does: what it has started is ended first."""
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+
+
 def free_port() -> int:
     """A loopback port nobody listens on at this moment."""
     with socket.socket() as probe:

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from loadtest.procs import pinned
 from loadtest.report import machine, write_json
+from loadtest.rig import leave_on_sigterm
 from loadtest.stand import StandOptions, open_stand
 from loadtest.summary import median_of
 from loadtest.workload import Workload, make_bodies, parse_candidates, read_population
@@ -54,6 +55,7 @@ def main(
     out: Path | None,
 ) -> None:
     """Exit code 4 when p50 or p90 differ by more than 5 %, or k6 could not keep the rate."""
+    leave_on_sigterm()
     workload = Workload(candidates=parse_candidates(candidates), timeout_ms=2000)
     bodies = make_bodies(read_population(bundle, items, records), workload)
     stand_options = StandOptions(bundle=bundle, items=items, records=records, pin=pin)

@@ -17,6 +17,7 @@ from loadtest.capacity import find_capacity, sweep
 from loadtest.ceiling import measure_ceiling
 from loadtest.generator import GeneratorError
 from loadtest.outcome import Base, Outcome
+from loadtest.rig import leave_on_sigterm
 from loadtest.scenarios import LONG, SCENARIOS
 from loadtest.schedule import Arrivals
 from loadtest.stand import (
@@ -125,6 +126,7 @@ def load(**given: Any) -> None:  # Any: checked by click
     pinned to a core apart from the generator. Exit code 4 when a run is void or a claim fails.
     """
     options = LoadOptions(**given)
+    leave_on_sigterm()
     try:
         result = run_load(options, progress=Console(stderr=True))
     except GeneratorError as exc:

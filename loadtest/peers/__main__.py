@@ -11,6 +11,7 @@ from loadtest.peers.compare import OURS, CompareOptions, Comparison, compare
 from loadtest.peers.peer import PEERS, install
 from loadtest.peers.picture import draw
 from loadtest.report import machine, write_json
+from loadtest.rig import leave_on_sigterm
 from loadtest.stand import StandOptions
 from loadtest.workload import (
     Workload,
@@ -88,6 +89,7 @@ def compare_command(
 
     Exit code 4 when a ratio is missed or an open loop is void.
     """
+    leave_on_sigterm()
     if bodies is None:
         workload = Workload(
             candidates=parse_candidates(str(candidates)),

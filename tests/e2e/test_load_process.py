@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import polars as pl
 import pytest
 import tiny
 
+from loadtest.procs import tree
 from loadtest.rig import free_port, wait_for_port
 from loadtest.scenarios import SCENARIOS
 from loadtest.second_opinion import run_k6
@@ -87,6 +89,18 @@ def test_no_service_at_the_url_is_said_in_words(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "cannot reach" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_sigterm_ends_what_the_load_test_has_started(stand: list[str]) -> None:
+    command = [sys.executable, "-m", "service", "load", *stand, *LENIENT, "--seconds", "60"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60.0
+    while len(started := tree(process.pid)) < 4:  # itself, Redis, service, generator
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 143
+    assert [pid for pid in started if Path(f"/proc/{pid}").exists()] == []
 
 
 def test_k6_sends_the_same_bodies_at_the_rate() -> None:
