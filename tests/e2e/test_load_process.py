@@ -94,7 +94,7 @@ def test_no_service_at_the_url_is_said_in_words(tmp_path: Path) -> None:
 def test_sigterm_ends_what_the_load_test_has_started(stand: list[str]) -> None:
     command = [sys.executable, "-m", "service", "load", *stand, *LENIENT, "--seconds", "60"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60.0
+    deadline = time.monotonic() + 120.0
     while len(started := tree(process.pid)) < 4:  # itself, Redis, service, generator
         assert time.monotonic() < deadline
         time.sleep(0.05)
