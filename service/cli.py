@@ -32,6 +32,7 @@ VERBS = {
     "serve": ("service.verbs:serve", "Answer POST /score from a bundle"),
     "score": ("service.verbs:score", "Score one request from a file, without a server"),
     "bench": ("loadtest.bench:bench", "CPU time of each part of a request, alone"),
+    "load": ("loadtest.verb:load", "Put load on a service and measure what its callers see"),
 }
 
 EXIT_USAGE = 2
@@ -39,7 +40,8 @@ EXIT_DATA = 3
 EXIT_GATE = 4
 
 _OWN_PACKAGES = ("model", "service", "loadtest")
-_EXTRA_OF = {"lightgbm": "compare"}  # packages that no other extra than this one brings
+# Packages that no other extra than this one brings.
+_EXTRA_OF = {"lightgbm": "compare", "hdrh": "load"}
 
 
 class LazyGroup(click.Group):
