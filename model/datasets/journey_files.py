@@ -5,19 +5,18 @@ from pathlib import Path
 
 SHIPPED = Path(__file__).parent
 COPIED = ("schema", "train", "tafe", "tafe_three_steps", "compare", "ablations")
+FIRST_STEP = """\
+[[steps]]
+name = "category"
+label = "category"
+"""
 NOT_SERVED = "served = false\n"
 
 
-def two_step_schema(shipped: str) -> str:
-    """The shipped schema's text without its first step, "category"."""
-    before, _, rest = shipped.partition("[[steps]]\n")
-    _, separator, after = rest.partition("[[steps]]\n")
-    return before + separator + after
-
-
-def three_step_schema(shipped: str) -> str:
-    """The shipped schema's text with its first step answered like the others."""
-    return shipped.replace(NOT_SERVED, "", 1)
+def with_first_step(shipped: str, *, is_served: bool) -> str:
+    """The shipped schema's text with the step "category" before its first one."""
+    before, first, after = shipped.partition("[[steps]]\n")
+    return before + FIRST_STEP + ("" if is_served else NOT_SERVED) + first + after
 
 
 def write_files(out: Path) -> None:
@@ -26,7 +25,7 @@ def write_files(out: Path) -> None:
         shutil.copyfile(SHIPPED / f"complete_journey_{name}.toml", out / f"{name}.toml")
     schema = (out / "schema.toml").read_text(encoding="utf-8")
     for name, text in (
-        ("schema_two_steps", two_step_schema(schema)),
-        ("schema_three_steps", three_step_schema(schema)),
+        ("schema_category", with_first_step(schema, is_served=False)),
+        ("schema_three_steps", with_first_step(schema, is_served=True)),
     ):
         (out / f"{name}.toml").write_text(text, encoding="utf-8")

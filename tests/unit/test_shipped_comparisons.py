@@ -32,10 +32,11 @@ COMPARE = (
     "lightgbm_with_validation",
     "esmm_wide",
     "esmm_wide_category",
+    "esmm_wide_with_validation",
     "default",
 )
 TREES = ("lightgbm", "lightgbm_with_validation")
-WIDE = ("esmm_wide", "esmm_wide_category", "default")
+WIDE = ("esmm_wide", "esmm_wide_category", "esmm_wide_with_validation")
 ABLATIONS = (
     "tafe",
     "tafe_no_selector",
@@ -96,7 +97,7 @@ def test_every_shipped_file_is_written(written: Path) -> None:
 
     assert {f"complete_journey_{name}.toml" for name in COPIED} == shipped
     assert {path.name for path in written.iterdir()} == {
-        "schema_two_steps.toml",
+        "schema_category.toml",
         "schema_three_steps.toml",
         *(f"{name}.toml" for name in COPIED),
     }
@@ -105,8 +106,8 @@ def test_every_shipped_file_is_written(written: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "served"),
     [
-        ("schema", {"category": False, "click": True, "conversion": True}),
-        ("schema_two_steps", {"click": True, "conversion": True}),
+        ("schema", {"click": True, "conversion": True}),
+        ("schema_category", {"category": False, "click": True, "conversion": True}),
         ("schema_three_steps", {"category": True, "click": True, "conversion": True}),
     ],
 )
@@ -173,7 +174,7 @@ def test_arms_of_the_comparison_are_of_a_size(written: Path) -> None:
         if arm not in (*TREES, *WIDE)
     }
 
-    assert len(sizes) == 11
+    assert len(sizes) == 12
     assert max(sizes.values()) <= 1.2 * min(sizes.values())
 
 
