@@ -315,11 +315,11 @@ async def _serving(app: "FastAPI") -> "AsyncIterator[int]":
     """Serves the app, inside its lifespan already, on a free port."""
     import uvicorn
 
-    from service.http1 import Http1Protocol
+    from service.server import http_protocol
 
     config = uvicorn.Config(
         app,
-        http=Http1Protocol,
+        http=http_protocol(app),
         ws="none",
         lifespan="off",
         access_log=False,

@@ -49,7 +49,7 @@ class ScoringServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=_http_protocol(app),
+                http=http_protocol(app),
                 loop="uvloop" if _is_installed("uvloop") else "asyncio",
                 ws="none",
                 lifespan="off",  # entered here, so that its errors reach the command line
@@ -151,7 +151,8 @@ def run_server(
     return server.exit_code
 
 
-def _http_protocol(app: FastAPI) -> "type[asyncio.Protocol] | Literal['h11']":
+def http_protocol(app: FastAPI) -> "type[asyncio.Protocol] | Literal['h11']":
+    """What uvicorn is to speak HTTP with: ours, if httptools is there."""
     if not _is_installed("httptools"):
         return "h11"
     from service.http1 import Http1Protocol
