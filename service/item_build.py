@@ -1,10 +1,12 @@
 """The process that encodes an item snapshot for a service which goes on answering meanwhile.
 
 `python -m service.item_build BUNDLE SNAPSHOT TARGET LOG_LEVEL` writes TARGET for `map_item_file`.
+It ends when its stdin does: the service holds the other end, and nobody else wants the table.
 """
 
 import os
 import sys
+import threading
 from pathlib import Path
 
 import click
@@ -37,6 +39,12 @@ def build(bundle: Path, snapshot: Path, target: Path, *, log_level: str) -> int:
     return 0
 
 
+def _end_with_stdin() -> None:
+    os.read(0, 1)  # Not `sys.stdin`: its lock, held at the end of the interpreter, aborts it.
+    os._exit(EXIT_FAILED)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
     _, *paths, level = sys.argv
     sys.exit(build(*map(Path, paths), log_level=level))

@@ -135,7 +135,7 @@ class ItemFiles:
     async def _run(self, *paths: Path) -> tuple[int, str]:
         command = [sys.executable, "-m", "service.item_build", *map(str, paths), self._log_level]
         process = await asyncio.to_thread(
-            subprocess.Popen, command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+            subprocess.Popen, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         try:
             # Its few words fit into the pipe, so it need not be read before the end.
