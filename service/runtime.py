@@ -33,6 +33,8 @@ Outputs = Mapping[str, npt.NDArray[np.float32]]
 # ONNX Runtime computes functions such as the sigmoid for four rows at a time, and those left over
 # at the end in another way, with other last bits.
 _ROW_MULTIPLE = 4
+# It multiplies one row by a matrix in another way than several, likewise.
+_MIN_REQUESTS = 2
 _ROWS_PER_REQUEST = 100  # in the runs that are measured
 
 
@@ -99,8 +101,12 @@ class Runtime:
         A candidate's scores are the same bits whatever is run with it.
         """
         if len(requests) == 1 and len(requests[0]) % _ROW_MULTIPLE == 0:
-            return [self.run(requests[0])]
-        return split(self.run(combine(requests, row_multiple=_ROW_MULTIPLE)), requests)
+            blocks = requests[0]
+        else:
+            blocks = combine(requests, row_multiple=_ROW_MULTIPLE)
+        if len(blocks.request) < _MIN_REQUESTS:
+            blocks = _with_request_rows(blocks, _MIN_REQUESTS)
+        return split(self.run(blocks), requests)
 
     def close(self) -> None:
         """Lets the threads go; a run under way ends by itself."""
@@ -178,6 +184,20 @@ def combine(requests: Sequence[Blocks], *, row_multiple: int = 1) -> Blocks:
                 first.request_of[filler],
             ]
         ),
+    )
+
+
+def _with_request_rows(blocks: Blocks, num_rows: int) -> Blocks:
+    """The same with the one request row repeated."""
+    request = blocks.request
+    return Blocks(
+        request=RequestBlock(
+            ids=request.ids.repeat(num_rows, axis=0),
+            dense=request.dense.repeat(num_rows, axis=0),
+            history=request.history.repeat(num_rows, axis=0),
+        ),
+        candidate=blocks.candidate,
+        request_of=blocks.request_of,
     )
 
 

@@ -12,7 +12,7 @@ from model.contract.blocks import Blocks
 from model.contract.bundle import Bundle, parity_excess, read_bundle
 from model.contract.encode import Encoder
 from model.contract.errors import BundleCorrupt, BundleRejected
-from service.runtime import Runtime, combine, cut, join, load_runtime, split
+from service.runtime import Outputs, Runtime, combine, cut, join, load_runtime, split
 
 ENCODER = Encoder(tiny.fitted_schema())
 
@@ -104,6 +104,27 @@ def test_company_does_not_change_a_bit(bundle: Bundle, runtime: Runtime, number:
         together = runtime.run_together(company)[1]
         for name, values in alone.items():
             np.testing.assert_array_equal(together[name], values)
+
+
+@pytest.mark.parametrize("number", [3, 20])
+def test_one_request_is_run_as_two(
+    bundle: Bundle, runtime: Runtime, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real networks' request sides are wide enough for a row alone to come out otherwise."""
+    run, seen = runtime.run, []
+
+    def watched(blocks: Blocks) -> Outputs:
+        seen.append(len(blocks.request))
+        return run(blocks)
+
+    monkeypatch.setattr(runtime, "run", watched)
+    request = rows_of(part(bundle.golden.blocks, 4), number)
+
+    (outputs,) = runtime.run_together([request])
+
+    assert seen == [2]
+    for name, values in run(request).items():
+        np.testing.assert_allclose(outputs[name], values, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("num_parts", [2, 3, 7])
