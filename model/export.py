@@ -39,7 +39,7 @@ from model.contract.spec import FIRST_CODE, MISSING_CODE, UNKNOWN_CODE, Schema
 from model.dataset import EncodedSplit
 from model.golden import golden_requests, synthetic_requests
 from model.nets.layers import Net, NetInput
-from model.serving_graph import ServingGraph
+from model.serving_graph import ServingGraph, chain_outputs
 
 NUM_PARITY_ROWS = 100_000
 INPUT_NAMES = (
@@ -81,10 +81,7 @@ class ScoringGraph(nn.Module):
         candidate_dense: Tensor,
         request_of: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Cumulative probability of every served step, then the last conditional, [N] each.
-
-        P_t = P_{t-1} c_t with c_t <= 1: rounding is monotone, so P_t <= P_{t-1} exactly.
-        """
+        """See `chain_outputs`."""
         logits = self.net(
             NetInput(
                 request_ids=request_ids,
@@ -100,10 +97,7 @@ class ScoringGraph(nn.Module):
             1.0 / (1.0 + torch.exp(-calibrate(logits[:, t])))
             for t, calibrate in enumerate(self.calibrators)
         ]
-        cumulative = [conditional[0]]
-        for probability in conditional[1:]:
-            cumulative.append(cumulative[-1] * probability)
-        return (*cumulative[self.num_unserved :], conditional[-1])
+        return chain_outputs(conditional, num_unserved=self.num_unserved)
 
 
 def scoring_graph(net: Net, calibrators: Sequence[Calibrator], *, schema: Schema) -> ScoringGraph:

@@ -8,7 +8,9 @@ Shape letters as in `nets.layers`.
 """
 
 import copy
+import operator
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -88,6 +90,15 @@ def _replaced(module: nn.Module) -> nn.Module:
     return module
 
 
+def chain_outputs(conditional: Sequence[Tensor], *, num_unserved: int) -> tuple[Tensor, ...]:
+    """Cumulative probability of every served step, then the last conditional, [N] each.
+
+    P_t = P_{t-1} c_t with c_t <= 1: rounding is monotone, so P_t <= P_{t-1} exactly.
+    """
+    cumulative = list(accumulate(conditional, operator.mul))
+    return (*cumulative[num_unserved:], conditional[-1])
+
+
 class ServingGraph(nn.Module):
     """`export.ScoringGraph` in its serving form: same inputs, same outputs, within parity.
 
@@ -138,10 +149,7 @@ class ServingGraph(nn.Module):
         # Not sigmoid: see `export.ScoringGraph`.
         probabilities = 1.0 / (1.0 + torch.exp(negated.clamp(-LOGIT_BOUND, LOGIT_BOUND)))
         conditional = [probabilities[:, t] for t in range(len(self.layers))]
-        cumulative = [conditional[0]]
-        for probability in conditional[1:]:
-            cumulative.append(cumulative[-1] * probability)
-        return (*cumulative[self.num_unserved :], conditional[-1])
+        return chain_outputs(conditional, num_unserved=self.num_unserved)
 
     def _negated(self, logits: Tensor) -> Tensor:
         """Calibrated logits with their sign turned, [B, T]."""
