@@ -10,9 +10,10 @@ from prometheus_client import CollectorRegistry
 
 from model.contract.blocks import Blocks
 from service.admission import Admission
-from service.api import ScoringApp, ServiceStatus, add_routes
+from service.api import add_routes
 from service.batcher import MicroBatcher
 from service.errors import StoreError, StoreMisconfigured
+from service.exchange import ScoreExchange, Scoring
 from service.gate import Gate
 from service.item_files import ItemOpener, open_in_memory
 from service.observe import Metrics
@@ -20,6 +21,7 @@ from service.runtime import Outputs
 from service.scorer import Scorer
 from service.settings import Settings
 from service.state import ServingState
+from service.status import ServiceStatus
 from service.stores import open_store
 from service.stores.base import OnlineStore
 from service.swap import Swapper
@@ -38,9 +40,9 @@ def create_app(
 ) -> FastAPI:
     """Makes the app; files and connections are opened by its lifespan, and closed by it.
 
-    `app.state.status` is its `ServiceStatus`, for the server that drains it, and `app.state.gate`
-    its `Gate`, for a protocol that refuses requests before the app sees them. `app.state.reload()`
-    asks for the bundle and the items to be loaded again.
+    `app.state.status` is its `ServiceStatus`, for the server that drains it, and
+    `app.state.scoring` for a protocol that answers before the app sees a request.
+    `app.state.reload()` asks for the bundle and the items to be loaded again.
 
     Args:
         settings: Without `store.url`, a store must be given. Without `bundle`, the service runs
@@ -80,11 +82,13 @@ def create_app(
             yield
             status.begin_drain()
 
-    app = ScoringApp(lifespan=lifespan, redirect_slashes=False)
+    app = FastAPI(lifespan=lifespan, redirect_slashes=False)
     app.state.status = status
     app.state.reload = lambda: None
-    app.state.gate = gate = _make_gate(status, settings)
-    add_routes(app, status, limits=settings.limits, gate=gate, new_id=_new_request_id)
+    gate = _make_gate(status, settings)
+    exchange = ScoreExchange(status, limits=settings.limits, gate=gate)
+    app.state.scoring = Scoring(exchange=exchange, gate=gate, status=status, new_id=_new_request_id)
+    add_routes(app, status, exchange=exchange, limits=settings.limits, new_id=_new_request_id)
     return app
 
 

@@ -101,30 +101,34 @@ class Gate:
             self._metrics.request_dropped(reason="backlog")
             raise
 
-    def refuse_early(
-        self, headers: list[tuple[bytes, bytes]], *, arrived_at: float
-    ) -> Overloaded | None:
-        """The error for a request that is refused, else None, and it counts as announced.
+    def admit_early(
+        self, headers: Iterable[tuple[bytes, bytes]], *, arrived_at: float
+    ) -> Head | None:
+        """Reads and checks a head for the protocol, which reads all heads before any is worked on.
 
-        For the protocol, which reads all that has arrived before any of it is worked on; what a
-        refusal needs beyond its answer is done here.
+        Returns:
+            The head of a request that is let in, which counts as announced; None for one with an
+            error of the caller's, which others will tell.
+
+        Raises:
+            Overloaded: It is refused, and has been counted.
         """
         try:
             head = self.read_head(headers, arrived_at=arrived_at)
             if head.body_bytes > self._limits.body_limit_bytes:
-                return None  # An error of the caller; so is the one below.
+                return None
             self.check(head)
         except InvalidRequest:
             return None
         except Overloaded as exc:
             seconds = time.monotonic() - arrived_at
             self._metrics.request_finished(outcome=exc.code, seconds=seconds)
-            return exc
+            raise
         if not self.admission.has_announced:
             # Comes before the tasks of these requests, which are then counted as they begin.
             asyncio.get_running_loop().call_soon(self._begin_turn)
         self.admission.announce(body_bytes=head.body_bytes)
-        return None
+        return head
 
     def _begin_turn(self) -> None:
         self.admission.begin_turn()

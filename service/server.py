@@ -17,9 +17,9 @@ from typing import Literal
 import uvicorn
 from fastapi import FastAPI
 
-from service.api import ServiceStatus
 from service.listen import bind, listening_url
 from service.settings import Settings
+from service.status import ServiceStatus
 
 _log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ def http_protocol(app: FastAPI) -> "type[asyncio.Protocol] | Literal['h11']":
     from service.http1 import Http1Protocol
 
     # uvicorn only ever calls it.
-    return functools.partial(Http1Protocol, gate=app.state.gate)  # type: ignore[return-value]
+    return functools.partial(Http1Protocol, scoring=app.state.scoring)  # type: ignore[return-value]
 
 
 def _is_installed(module: str) -> bool:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from model.contract.blocks import Blocks
 from model.contract.errors import ContractError
-from service.api import ServiceStatus
 from service.batcher import MicroBatcher
 from service.identity import BundleIdentity, FileIdentity, bundle_identity, file_identity
 from service.item_files import ItemOpener
@@ -22,6 +21,7 @@ from service.runtime import Outputs
 from service.scorer import Scorer
 from service.settings import Settings
 from service.state import ServingState, open_serving_state, with_items
+from service.status import ServiceStatus
 
 _log = logging.getLogger(__name__)
 
