@@ -16,7 +16,7 @@ from model.contract.encode import Encoder
 from model.contract.errors import EncodeError, RecordError
 from model.contract.ids import canonical_id
 from model.contract.recent import RecentColumn
-from model.contract.record import HistoryEntries, Keys, RecentEntries, UserRecord, look_up_many
+from model.contract.record import HistoryEntries, Keys, MatchTable, RecentEntries, UserRecord
 from model.contract.spec import Feature, History, Match, Recent, raw_columns
 from service.errors import InvalidRequest
 from service.item_index import Ids
@@ -105,6 +105,7 @@ class FeatureSource:
         matches = [f for f in schema.features if isinstance(f, Match)]
         self._match_columns = _columns_of(matches)
         self._matches = tuple(enumerate(matches))
+        self._match_names = tuple(f.name for f in matches)
         self._match_attributes = {f.attribute for f in matches}
         self._has_user_id = schema.log.user_id in self._user_columns
         self.uses_store = any(f.source == "store" for f in given)
@@ -261,23 +262,22 @@ class FeatureSource:
         candidates: Candidates,
         time: float,
     ) -> None:
-        stored = [] if record is None else [record.matches.get(f.name) for _, f in self._matches]
-        counts, times = look_up_many(stored or [None] * len(self._matches), keys)
-        last_times = times.astype(np.float64)
-        for j, feature in self._matches:
+        table = MatchTable.of({} if record is None else record.matches)
+        entries = table.find(self._match_names, keys)
+        for j, feature in self._matches if inline else ():
             given_counts = inline.get(feature.count_column)
             given_times = inline.get(feature.last_time_column)
             if given_counts is not None and given_times is not None:
                 _require_same_rows(feature, given_counts, given_times, candidates)
                 for target, name, given in (
-                    (counts, feature.count_column, given_counts),
-                    (last_times, feature.last_time_column, given_times),
+                    (entries[0, j], feature.count_column, given_counts),
+                    (entries[1, j], feature.last_time_column, given_times),
                 ):
-                    target[j, _rows(given)] = _numbers(name, given, candidates)
+                    target[_rows(given)] = _numbers(name, given, candidates)
             elif given_counts is not None or given_times is not None:
                 lone = feature.last_time_column if given_counts is None else feature.count_column
                 raise _lone_match_column(feature, inline[lone], lone, candidates)
-        self._encoder.overwrite_matches(block, counts, last_times, time=time)
+        self._encoder.overwrite_matches(block, entries, time=time)
 
 
 def _columns_of(features: Iterable[Feature]) -> frozenset[str]:

@@ -32,7 +32,7 @@ from model.contract.columns import (
 )
 from model.contract.errors import EncodeError
 from model.contract.ids import NO_KEY, canonical_id, hash_id
-from model.contract.matches import MatchPlan, present_matches
+from model.contract.matches import MatchPlan, log_matches
 from model.contract.numerics import NumericPlan, moments_of, raw_number, raw_numbers
 from model.contract.recent import RecentColumn, recent_statistics
 from model.contract.spec import (
@@ -195,7 +195,7 @@ class Encoder:
         )
         self.overwrite_candidates(block, columns)
         matches = self.candidate_layout.matches
-        counts, last_times = np.full((2, len(matches), len(time)), np.nan)
+        entries = np.full((2, len(matches), len(time)), np.nan)
         given = False
         for j, name in enumerate(matches):
             pair = (f"{name}_count", f"{name}_last_time")
@@ -204,9 +204,9 @@ class Encoder:
                 raise EncodeError(present[0], f"{' and '.join(pair)} must be given together")
             if present:
                 given = True
-                counts[j], last_times[j] = (numbers(c, columns[c]) for c in pair)
+                entries[:, j] = [numbers(c, columns[c]) for c in pair]
         if given:
-            self.overwrite_matches(block, counts, last_times, time=time)
+            self.overwrite_matches(block, entries, time=time)
         return block
 
     def overwrite_candidates(self, block: CandidateBlock, columns: Columns) -> None:
@@ -218,22 +218,17 @@ class Encoder:
             side.plan.select(places).write(block.dense, values.T)
 
     def overwrite_matches(
-        self,
-        block: CandidateBlock,
-        counts: Floats,
-        last_times: Floats,
-        *,
-        time: Floats | float,
+        self, block: CandidateBlock, entries: Floats, *, time: Floats | float
     ) -> None:
         """Writes every match feature.
 
         Args:
             block: N candidates.
-            counts: [M, N], NaN or 0 for none.
-            last_times: unix seconds [M, N], of no meaning where there is none.
+            entries: counts, NaN or 0 for none, and last times in unix seconds, of no meaning where
+                there is none: [2, M, N]; used up.
             time: unix seconds of the requests, [N] or one for all.
         """
-        self._match_plan.write(block.dense, counts, last_times, time)
+        self._match_plan.write(block.dense, entries, time)
 
     def transform_matches(
         self, names: Sequence[str], counts: Floats, last_times: Floats, *, time: Floats | float
@@ -244,8 +239,9 @@ class Encoder:
         it is older than the feature's max_age_days.
         """
         limits = [self._max_age_days[name] for name in names]
-        present, both = present_matches(limits, counts, last_times, time)
-        return np.where(present, np.log1p(both), np.nan).reshape(2 * len(names), -1)
+        entries = np.array([counts, last_times], np.float64)
+        present = log_matches(limits, entries, time)
+        return np.where(present, entries, np.nan).reshape(2 * len(names), -1)
 
     def with_recent_statistics(self, columns: Columns, *, time: Floats) -> Columns:
         """The columns, and beside them those of every recent feature whose events are given."""
