@@ -39,7 +39,12 @@ class IdCodes:
         Raises:
             EncodeError: the value is no id.
         """
-        return map_id(self._name, value, self.code)
+        # Most values are texts or integers of the vocabulary, which are found as they are.
+        if type(value) is int:
+            code = self._vocabulary.get(str(value))
+        else:
+            code = self._vocabulary.get(value) if isinstance(value, str) else None
+        return map_id(self._name, value, self.code) if code is None else code
 
     def many(self, column: Column | Ragged) -> Ids:
         """Codes of a column, int64 [n].
