@@ -125,6 +125,11 @@ class RecentRow:
         self._large = None if feature.large is None else float(np.float32(feature.large))
         self._has_context = feature.context is not None
         self._nothing = [math.nan] * len(feature.statistics)
+        # All events, those at this hour, on this weekday, and if the feature says so here, large.
+        self._num_sums = 4 if self._has_context else 3
+        self._num_masks = self._num_sums + (self._large is not None)
+        self._aged = [self._num_sums] if self._large is not None else []
+        self._aged += [3] if self._has_context else []
 
     def statistics(
         self,
@@ -145,28 +150,31 @@ class RecentRow:
         if not num_events:
             return self._nothing
         age_days = (time - times) / SECONDS_PER_DAY
-        masks = np.zeros((4 if self._has_context else 3, num_events), np.bool_)
+        masks = np.zeros((self._num_masks, num_events), np.bool_)
         masks[0] = True
         _write_alike(masks, times + utc_offset, time + utc_offset)
         if self._has_context and keys is not None and here != NO_KEY:
             np.equal(keys, np.uint64(here), out=masks[3])
+        if self._large is not None:
+            np.greater_equal(values, self._large, out=masks[-1])
         log_values = np.log1p(values)
         # Sums run from the newest event to the oldest, as those of many requests do.
-        sums = np.add.accumulate(masks * log_values, axis=1)
+        sums = np.add.accumulate(masks[: self._num_sums] * log_values, axis=1)
         within = age_days.searchsorted(self._windows, "right").tolist()
-        alike = [int(np.count_nonzero(mask)) for mask in masks[1:]]
-        # From here on these are too few numbers to be worth an array.
-        all_sums = sums[0]
-        totals = sums[:, -1].tolist()
+        all_sums, totals = sums[0], sums[:, -1].tolist()
+        # From here on these are too few numbers to be worth an array; masks are bytes of 0 or 1.
+        facts = masks.tobytes()
+        ends = range(num_events, self._num_sums * num_events, num_events)
+        alike = [facts.count(1, start, start + num_events) for start in ends]
         prior = PRIOR_EVENTS * (totals[0] / num_events)
         means = [float(all_sums[n - 1]) / n if n else math.nan for n in within]
         for total, number in zip(totals[1:], alike, strict=True):
             means.append((total + prior) / (number + PRIOR_EVENTS))
         days = [float(age_days[1]) - float(age_days[0]) if num_events > 1 else math.nan]
-        if self._large is not None:
-            days.append(_first(age_days, values >= self._large))
-        if self._has_context:
-            days.append(_first(age_days, masks[3]) if alike[2] else math.nan)
+        for row in self._aged:
+            start = row * num_events
+            place = facts.find(1, start, start + num_events) - start
+            days.append(float(age_days[place]) if place >= 0 else math.nan)
         logs = np.log1p(np.array([*within, *alike, *days], np.float64)).tolist()
         return self._in_order(means, logs, float(log_values[0]))
 
@@ -185,12 +193,6 @@ def _write_alike(masks: Mask, event_local: Floats, local: float) -> None:
     hour = np.abs(_clock(event_local) - (local / 3600.0) % 24.0)
     np.less_equal(np.minimum(hour, 24.0 - hour), NEAR_HOURS, out=masks[1])
     np.equal(_weekday(event_local), math.floor(local / SECONDS_PER_DAY) % 7, out=masks[2])
-
-
-def _first(age_days: Floats, mask: Mask) -> float:
-    """Age of the newest of those events, NaN where there is none."""
-    place = int(mask.argmax())
-    return float(age_days[place]) if mask[place] else np.nan
 
 
 @dataclass(frozen=True, kw_only=True)

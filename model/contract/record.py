@@ -194,6 +194,7 @@ class _WireVersion(msgspec.Struct):
 
 _KEY, _COUNT, _TIME, _VALUE = (np.dtype(name) for name in ("<u8", "<u4", "<i8", "<f4"))
 _BITS = np.dtype("<u4")
+_FOUR_ZEROS, _EIGHT_ZEROS = bytes(4), bytes(8)
 _INFINITY_BITS = 0x7F800000  # of float32; those of a smaller number of 0 or more are less
 _NO_MATCHES: Mapping[str, MatchEntries] = MappingProxyType({})
 
@@ -296,24 +297,18 @@ def unpack_record(data: bytes) -> UserRecord:
 
 
 def _join(matches: Mapping[str, _WireMatch]) -> MatchTable:
+    # An end before, between and behind the features.
     keys, counts, last_times = [b""], [b""], [b""]
     spans = {}
     start = 1
     for name, entries in matches.items():
-        number = len(entries.counts) // _COUNT.itemsize
-        for part, dtype in (
-            (entries.keys, _KEY),
-            (entries.counts, _COUNT),
-            (entries.last_times, _TIME),
+        number = len(entries.counts) // 4
+        if not (
+            len(entries.keys) == 8 * number
+            and len(entries.counts) == 4 * number
+            and len(entries.last_times) == 8 * number
         ):
-            if len(part) != number * dtype.itemsize:
-                fits = len(part) % dtype.itemsize == 0
-                raise RecordError(
-                    f"match {name!r}: the three arrays differ in length"
-                    if fits
-                    else f"match {name!r}: an array's length does not fit its type",
-                    where=name,
-                )
+            raise _misfit(name, entries)
         keys.append(entries.keys)
         counts.append(entries.counts)
         last_times.append(entries.last_times)
@@ -322,11 +317,17 @@ def _join(matches: Mapping[str, _WireMatch]) -> MatchTable:
     for parts in (keys, counts, last_times):
         parts.append(b"")
     return MatchTable(
-        np.frombuffer(bytes(_KEY.itemsize).join(keys), _KEY),
-        np.frombuffer(bytes(_COUNT.itemsize).join(counts), _COUNT),
-        np.frombuffer(bytes(_TIME.itemsize).join(last_times), _TIME),
+        np.frombuffer(_EIGHT_ZEROS.join(keys), _KEY),
+        np.frombuffer(_FOUR_ZEROS.join(counts), _COUNT),
+        np.frombuffer(_EIGHT_ZEROS.join(last_times), _TIME),
         spans,
     )
+
+
+def _misfit(name: str, entries: _WireMatch) -> RecordError:
+    fits = not (len(entries.keys) % 8 or len(entries.counts) % 4 or len(entries.last_times) % 8)
+    reason = "the three arrays differ in length" if fits else "an array's length fits no number"
+    return RecordError(f"match {name!r}: {reason}", where=name)
 
 
 def look_up(
