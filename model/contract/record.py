@@ -6,7 +6,6 @@ store. A field that is absent is missing; a field that the schema does not know 
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import msgspec
@@ -143,8 +142,7 @@ class MatchTable(Mapping[str, MatchEntries]):
         return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class UserRecord:
+class UserRecord(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """One user's record.
 
     Attributes:
@@ -156,10 +154,10 @@ class UserRecord:
     """
 
     updated_at: float
-    features: Mapping[str, RawValue] = field(default_factory=dict)
-    matches: Mapping[str, MatchEntries] = field(default_factory=dict)
-    histories: Mapping[str, HistoryEntries] = field(default_factory=dict)
-    recents: Mapping[str, RecentEntries] = field(default_factory=dict)
+    features: Mapping[str, RawValue] = {}
+    matches: Mapping[str, MatchEntries] = {}
+    histories: Mapping[str, HistoryEntries] = {}
+    recents: Mapping[str, RecentEntries] = {}
 
 
 class _WireMatch(msgspec.Struct):
