@@ -28,7 +28,7 @@ class NumericPlan:
         rows: of each column: default, whether it is a time, minimum, maximum, whether log1p is
             taken; the same as above for one value.
         first_flag: where the missing flags of the layout begin among the dense columns.
-        mean, std: moments of the values; flag_mean, flag_std: of their missing flags.
+        means: of the values and then of their missing flags, [2, k]; `stds` likewise.
         flags: positions of the missing flags among the block's dense columns, likewise.
     """
 
@@ -39,11 +39,9 @@ class NumericPlan:
     has_defaults: bool
     elapsed: Ids
     log1p: Ids
-    mean: Floats
-    std: Floats
+    means: Floats
+    stds: Floats
     flags: Ids | slice
-    flag_mean: Floats
-    flag_std: Floats
     first_flag: int
     rows: tuple[tuple[float, bool, float, float, bool], ...]
 
@@ -74,11 +72,9 @@ class NumericPlan:
                     *limits, is_elapsed, takes_log, strict=True
                 )
             ),
-            mean=mean[here, None],
-            std=std[here, None],
+            means=np.stack([mean[here], mean[there]]),
+            stds=np.stack([std[here], std[there]]),
             flags=there,
-            flag_mean=mean[there, None],
-            flag_std=std[there, None],
             first_flag=flags,
         )
 
@@ -93,11 +89,9 @@ class NumericPlan:
             has_defaults=self.has_defaults,
             elapsed=_where(place in self.elapsed for place in places),
             log1p=_where(place in self.log1p for place in places),
-            mean=self.mean[at],
-            std=self.std[at],
+            means=self.means[:, at],
+            stds=self.stds[:, at],
             flags=at + self.first_flag,
-            flag_mean=self.flag_mean[at],
-            flag_std=self.flag_std[at],
             first_flag=self.first_flag,
             rows=tuple(self.rows[place] for place in places),
         )
@@ -154,8 +148,20 @@ class NumericPlan:
     def write(self, dense: Dense, values: Floats) -> None:
         """Puts transformed values [k, n] and their missing flags into a block's dense [n, D]."""
         missing = np.isnan(values)
-        dense[:, self.places] = np.where(missing, 0.0, (values - self.mean) / self.std).T
-        dense[:, self.flags] = ((missing - self.flag_mean) / self.flag_std).T
+        means, stds = self.means[..., None], self.stds[..., None]
+        dense[:, self.places] = np.where(missing, 0.0, (values - means[0]) / stds[0]).T
+        dense[:, self.flags] = ((missing - means[1]) / stds[1]).T
+
+    def write_one(self, values: Sequence[float]) -> Dense:
+        """`write` of one row [k] of a plan of all of a block's dense columns; dense [1, 2k]."""
+        both = np.empty((2, len(values)), np.float64)
+        both[0] = values
+        missing = np.isnan(both[0])
+        both[1] = missing
+        both -= self.means
+        both /= self.stds
+        np.putmask(both[0], missing, 0.0)
+        return both.reshape(1, -1).astype(np.float32)
 
 
 def raw_numbers(columns: Iterable[tuple[str, Column | Ragged]]) -> Floats:
@@ -168,17 +174,15 @@ def raw_numbers(columns: Iterable[tuple[str, Column | Ragged]]) -> Floats:
     return np.concatenate(made).reshape(len(made), -1)
 
 
-def raw_number(name: str, column: Column | Ragged) -> float:
-    """The one value of a raw column, NaN where missing.
+def raw_number(name: str, value: object) -> float:
+    """One raw value as a number, NaN where missing.
 
     Raises:
         EncodeError: as `raw_numbers`.
     """
-    if isinstance(column, list):
-        value = number(name, column[0], 0)
-        if value != value or abs(value) <= LARGEST:
-            return value
-    return float(numbers(name, column)[0])
+    found = value if type(value) is float else number(name, value, 0)
+    # NaN is not larger than anything.
+    return float(numbers(name, [value])[0]) if abs(found) > LARGEST else found
 
 
 def _limits(features: Sequence[Feature | None], name: str, none: float) -> Floats:
