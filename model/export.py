@@ -125,9 +125,8 @@ def export_bundle(
 ) -> Path:
     """Writes a bundle under `out` and returns its directory, named by its digest.
 
-    Args:
-        in_parts: whether the network is written in two parts as well, if it can be; None writes
-            them where they are faster than the whole (see `cost.are_parts_faster`).
+    If it can be, the network is written in two parts as well: where they are faster than the whole
+    (see `cost.are_parts_faster`) if `in_parts` is None, else as that says.
 
     Raises:
         ParityError: the graph, run by ONNX Runtime, does not score as torch does; nothing is
@@ -140,7 +139,7 @@ def export_bundle(
     serving = ServingGraph(net, calibrators, num_unserved=graph.num_unserved).eval()
     model = optimised(to_onnx(serving, blocks=blocks, outputs=names))
     parts = None if in_parts is False else _exported_parts(serving, blocks, encoder)
-    if parts is not None and in_parts is None and not are_parts_faster(model, parts, blocks):
+    if parts is not None and not (in_parts or are_parts_faster(model, parts, blocks)):
         parts = None
     check_parity(graph, model, parts, encoder=encoder, last_time=last_time)
     golden = Golden(
@@ -161,21 +160,30 @@ def export_bundle(
             "outputs": list(names),
             "training": dict(training),
             "metrics": dict(metrics),
-            "calibration": {
-                step.name: json.loads(calibrator.model_dump_json())
-                for step, calibrator in zip(fitted.schema_.steps, calibrators, strict=True)
-            },
+            "calibration": _described(fitted.schema_, calibrators),
             "tool_versions": tool_versions(),
             **({} if parts is None else {"item_features": list(parts.features)}),
         },
         files={
-            MODEL: model,
-            **({} if parts is None else {ITEM_SIDE: parts.item_side, MODEL_BY_ITEM: parts.model}),
+            **_model_files(model, parts),
             SCHEMA: fitted.model_dump_json(by_alias=True).encode(),
             HISTOGRAMS: json.dumps(histograms(train, encoder)).encode(),
             **golden_files(golden),
         },
     )
+
+
+def _model_files(model: bytes, parts: ItemParts | None) -> dict[str, bytes]:
+    if parts is None:
+        return {MODEL: model}
+    return {MODEL: model, ITEM_SIDE: parts.item_side, MODEL_BY_ITEM: parts.model}
+
+
+def _described(schema: Schema, calibrators: Sequence[Calibrator]) -> dict[str, Any]:
+    return {
+        step.name: json.loads(calibrator.model_dump_json())
+        for step, calibrator in zip(schema.steps, calibrators, strict=True)
+    }
 
 
 def plain_onnx(

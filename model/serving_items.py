@@ -29,7 +29,8 @@ class ItemSide(nn.Module):
 
     def forward(self, candidate_ids: Tensor, candidate_dense: Tensor) -> Tensor:
         """See `contract.blocks`."""
-        return self.inputs(candidate_ids, candidate_dense) @ self.weight
+        chosen: Tensor = self.inputs(candidate_ids, candidate_dense)
+        return chosen @ self.weight
 
 
 class InputByItem(nn.Module):
