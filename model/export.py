@@ -138,7 +138,7 @@ def export_bundle(
     blocks = raw.encode(encoder)
     serving = ServingGraph(net, calibrators, num_unserved=graph.num_unserved).eval()
     model = optimised(to_onnx(serving, blocks=blocks, outputs=names))
-    parts = None if in_parts is False else _exported_parts(serving, blocks, encoder)
+    parts = None if in_parts is False else parts_to_onnx(serving, blocks, encoder)
     if parts is not None and not (in_parts or are_parts_faster(model, parts, blocks)):
         parts = None
     check_parity(graph, model, parts, encoder=encoder, last_time=last_time)
@@ -274,7 +274,8 @@ def with_item_sum(blocks: Blocks, item_side: ort.InferenceSession) -> Blocks:
     return replace(blocks, candidate=replace(blocks.candidate, item_sum=item_sum))
 
 
-def _exported_parts(serving: ServingGraph, blocks: Blocks, encoder: Encoder) -> ItemParts | None:
+def parts_to_onnx(serving: ServingGraph, blocks: Blocks, encoder: Encoder) -> ItemParts | None:
+    """The network in two parts, as `serving_items.item_parts` makes them; None if it does not."""
     columns = ItemColumns.of(encoder.schema)
     parts = item_parts(serving, columns)
     if parts is None:

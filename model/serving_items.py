@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from model.contract.blocks import ItemColumns
 from model.nets.layers import NetInput
@@ -53,7 +54,8 @@ class InputByItem(nn.Module):
         base = inputs.item_sum
         assert base is not None
         if self.request is not None:
-            base = self.request(inputs).index_select(0, inputs.request_of) + base
+            # Not `index_select`, which would reshape the row numbers first.
+            base = functional.embedding(inputs.request_of, self.request(inputs)) + base
         elif self.bias is not None:
             base = base + self.bias
         if not len(self.weight):

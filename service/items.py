@@ -122,12 +122,14 @@ class ItemTable:
             EncodeError: A feature made from the item id cannot be made from this one.
         """
         rows = self._index.find(item_ids)
+        # All rows are there; "clip" copies without a second buffer.
+        sums = self._sums
         block = CandidateBlock(
-            ids=self._ids.take(rows, axis=0).astype(np.int64, copy=False),
-            dense=self._dense.take(rows, axis=0),
-            item_sum=None if self._sums is None else self._sums.take(rows, axis=0),
+            ids=self._ids.take(rows, axis=0, mode="clip").astype(np.int64, copy=False),
+            dense=self._dense.take(rows, axis=0, mode="clip"),
+            item_sum=None if sums is None else sums.take(rows, axis=0, mode="clip"),
         )
-        keys = self._keys.take(rows, axis=0)
+        keys = self._keys.take(rows, axis=0, mode="clip")
         is_known = rows != self._index.num_items
         if not is_known.all():
             self._write_unknown(block, keys, item_ids, np.flatnonzero(~is_known))
