@@ -5,7 +5,6 @@ measures all parts one after another, and the median over rounds is shown.
 """
 
 import asyncio
-import dataclasses
 import json
 import os
 import statistics
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
@@ -232,7 +232,7 @@ class _Bench:
             record = None if data is None else unpack_record(data)
             self._data += [] if data is None else [data]
             self._records.append(record)
-            self._bare.append(record and dataclasses.replace(record, matches={}))
+            self._bare.append(record and msgspec.structs.replace(record, matches={}))
             self._blocks.append(self._encode(index, self._records).blocks)
             self._results.append(await self._scorer.score(body.request, deadline=_deadline()))
 

@@ -10,13 +10,12 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from model.contract.blocks import Blocks, CandidateBlock, RequestBlock
-from model.contract.columns import Column, Columns, Floats, Ragged, compact_ids, numbers
+from model.contract.blocks import Blocks, CandidateBlock
+from model.contract.columns import Column, Floats, Ragged, compact_ids, numbers
 from model.contract.encode import Encoder
 from model.contract.errors import EncodeError, RecordError
 from model.contract.ids import canonical_id
-from model.contract.recent import RecentColumn
-from model.contract.record import HistoryEntries, Keys, RecentEntries, UserRecord, look_up_many
+from model.contract.record import HistoryEntries, Keys, MatchTable, RecentEntries, UserRecord
 from model.contract.spec import Feature, History, Match, Recent, raw_columns
 from service.errors import InvalidRequest
 from service.item_index import Ids
@@ -92,12 +91,14 @@ class FeatureSource:
         schema = encoder.schema
         given = [f for f in schema.features if f.source != "log_only"]
         self._context_columns = _columns_of(f for f in given if f.scope == "context")
-        self._recents = {f.name for f in given if isinstance(f, Recent)}
         # Recent events come from the record only.
         users = [f for f in given if f.scope == "user" and not isinstance(f, Recent)]
         self._user_columns = _columns_of(users)
-        self._stored_columns = _columns_of(f for f in users if f.source == "store")
         self._histories = {f.name for f in given if isinstance(f, History)}
+        self._history_times = {f"{name}_time": name for name in self._histories}
+        stored = [f for f in users if f.source == "store"]
+        self._stored_values = _columns_of(f for f in stored if not isinstance(f, History))
+        self._stored_histories = {f.name for f in stored if isinstance(f, History)}
         self._candidate_columns = _columns_of(
             f for f in given if not f.is_request_side and not isinstance(f, Match)
         )
@@ -105,6 +106,7 @@ class FeatureSource:
         matches = [f for f in schema.features if isinstance(f, Match)]
         self._match_columns = _columns_of(matches)
         self._matches = tuple(enumerate(matches))
+        self._match_names = tuple(f.name for f in matches)
         self._match_attributes = {f.attribute for f in matches}
         self._has_user_id = schema.log.user_id in self._user_columns
         self.uses_store = any(f.source == "store" for f in given)
@@ -135,70 +137,77 @@ class FeatureSource:
         """
         ignored: set[str] = set()
         candidate, is_known = self._candidate_block(candidates, record, time, ignored)
-        origins: dict[str, str] = {}
-        columns: dict[str, Column | Ragged] = {}
-        recents: dict[str, RecentColumn] = {}
+        values: dict[str, object] = {}
+        histories: dict[str, Column | Ragged] = {}
+        recents: Mapping[str, RecentEntries] = {}
         if record is not None:
-            self._add_record(columns, record)
-            for name in self._recents & record.recents.keys():
-                recents[name] = _stored_recent(record.recents[name])
+            recents = record.recents
+            for name, stored in record.features.items():
+                if name in self._stored_values:
+                    values[name] = stored
+            for name, entries in record.histories.items():
+                if name in self._stored_histories:
+                    histories[name] = _stored_history(entries)
         if self._has_user_id:
-            name = self._encoder.schema.log.user_id
-            columns[name], origins[name] = [user_id], "user_id"
-        for place, given, known in (
-            ("context", context, self._context_columns),
-            ("user_features", user_features, self._user_columns),
-        ):
-            for name, value in given.items():
-                if name not in known:
-                    ignored.add(name)
-                    continue
-                origins[name] = f"{place}.{name}"
-                if not self._is_part_of_history(name):
-                    columns[name] = (
-                        _given_history(name, given) if name in self._histories else [value]
-                    )
-                elif name.removesuffix("_time") not in given:
-                    raise InvalidRequest("there are no ids to these times", field=origins[name])
-        request = self._request_block(columns, recents, origins, time)
+            values[self._encoder.schema.log.user_id] = user_id
+        self._add_given(context, self._context_columns, values, histories, ignored)
+        self._add_given(user_features, self._user_columns, values, histories, ignored)
+        try:
+            request = self._encoder.row.encode(
+                values, time=time, recents=recents, histories=histories
+            )
+        except EncodeError as exc:
+            raise self._request_error(exc, context, user_features, values) from exc
         blocks = Blocks(
             request=request,
             candidate=candidate,
             request_of=np.zeros(len(candidate), np.int64),
         )
-        return EncodedRequest(blocks=blocks, is_known=is_known, ignored=tuple(sorted(ignored)))
+        return EncodedRequest(
+            blocks=blocks, is_known=is_known, ignored=tuple(sorted(ignored)) if ignored else ()
+        )
 
-    def _is_part_of_history(self, name: str) -> bool:
-        return name.endswith("_time") and name.removesuffix("_time") in self._histories
-
-    def _add_record(self, columns: dict[str, Column | Ragged], record: UserRecord) -> None:
-        for name, value in record.features.items():
-            if name in self._stored_columns and name not in self._histories:
-                columns[name] = [value]
-        for name, entries in record.histories.items():
-            if name in self._histories and name in self._stored_columns:
-                columns[name] = _stored_history(entries)
-
-    def _request_block(
+    def _add_given(
         self,
-        columns: Columns,
-        recents: Mapping[str, RecentColumn],
-        origins: Mapping[str, str],
-        time: float,
-    ) -> RequestBlock:
-        at = np.array([time], np.float64)
-        try:
-            return self._encoder.request_block(columns, time=at, recents=recents)
-        except EncodeError as exc:
-            if exc.feature == "time" and "time" not in columns:
-                raise InvalidRequest(exc.reason, field="time") from exc
-            path = origins.get(exc.feature)
-            if path is None:
-                raise RecordError(str(exc), where=exc.feature) from exc
-            is_list = exc.feature in self._histories and exc.row is not None
-            raise InvalidRequest(
-                exc.reason, field=f"{path}[{exc.row}]" if is_list else path
-            ) from exc
+        given: Mapping[str, object],
+        known: frozenset[str],
+        values: dict[str, object],
+        histories: dict[str, Column | Ragged],
+        ignored: set[str],
+    ) -> None:
+        for name, value in given.items():
+            if name not in known:
+                ignored.add(name)
+            elif name in self._histories:
+                histories[name] = _given_history(name, given)
+            elif name not in self._history_times:
+                values[name] = value
+            elif self._history_times[name] not in given:
+                raise InvalidRequest(
+                    "there are no ids to these times", field=f"user_features.{name}"
+                )
+
+    def _request_error(
+        self,
+        exc: EncodeError,
+        context: Mapping[str, object],
+        user_features: Mapping[str, object],
+        values: Mapping[str, object],
+    ) -> InvalidRequest | RecordError:
+        """Says whose value does not fit: the caller's, by its path, or the record's."""
+        name = exc.feature
+        if name in user_features and name in self._user_columns:
+            path = f"user_features.{name}"
+        elif name in context and name in self._context_columns:
+            path = f"context.{name}"
+        elif self._has_user_id and name == self._encoder.schema.log.user_id:
+            path = "user_id"
+        elif name == "time" and name not in values:
+            path = "time"
+        else:
+            return RecordError(str(exc), where=name)
+        is_list = name in self._histories and exc.row is not None
+        return InvalidRequest(exc.reason, field=f"{path}[{exc.row}]" if is_list else path)
 
     def _candidate_block(
         self,
@@ -273,23 +282,22 @@ class FeatureSource:
         candidates: Candidates,
         time: float,
     ) -> None:
-        stored = [] if record is None else [record.matches.get(f.name) for _, f in self._matches]
-        counts, times = look_up_many(stored or [None] * len(self._matches), keys)
-        last_times = times.astype(np.float64)
-        for j, feature in self._matches:
+        table = MatchTable.of({} if record is None else record.matches)
+        entries = table.find(self._match_names, keys)
+        for j, feature in self._matches if inline else ():
             given_counts = inline.get(feature.count_column)
             given_times = inline.get(feature.last_time_column)
             if given_counts is not None and given_times is not None:
                 _require_same_rows(feature, given_counts, given_times, candidates)
                 for target, name, given in (
-                    (counts, feature.count_column, given_counts),
-                    (last_times, feature.last_time_column, given_times),
+                    (entries[0, j], feature.count_column, given_counts),
+                    (entries[1, j], feature.last_time_column, given_times),
                 ):
-                    target[j, _rows(given)] = _numbers(name, given, candidates)
+                    target[_rows(given)] = _numbers(name, given, candidates)
             elif given_counts is not None or given_times is not None:
                 lone = feature.last_time_column if given_counts is None else feature.count_column
                 raise _lone_match_column(feature, inline[lone], lone, candidates)
-        self._encoder.overwrite_matches(block, counts, last_times, time=time)
+        self._encoder.overwrite_matches(block, entries, time=time)
 
 
 def _columns_of(features: Iterable[Feature]) -> frozenset[str]:
@@ -341,15 +349,6 @@ def _stored_history(entries: HistoryEntries) -> Ragged:
         values=entries.ids,
         times=entries.times.astype(np.float64),
         offsets=np.array([0, len(entries.ids)], np.int64),
-    )
-
-
-def _stored_recent(entries: RecentEntries) -> RecentColumn:
-    times = entries.times.astype(np.float64)
-    offsets = np.array([0, len(times)], np.int64)
-    return RecentColumn(
-        events=Ragged(values=entries.values.astype(np.float64), times=times, offsets=offsets),
-        keys=entries.keys if len(entries.keys) else None,
     )
 
 

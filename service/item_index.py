@@ -1,8 +1,9 @@
 """Finds table rows by item id, in arrays alone: so workers can share the index as a mapped file.
 
-Ids are hashed to buckets of about one id each, and rows lie in bucket order: a look-up reads, for
-all ids of a request at once, the few keys that follow its bucket's first row. The keys are the ids
-themselves where all of them are 64-bit integers, else 128-bit digests of their text.
+Ids are hashed to several times as many buckets, and rows lie in bucket order: a look-up reads, for
+all ids of a request at once, the key of its bucket's first row, and if need be those that follow.
+The keys are the ids themselves where all of them are 64-bit integers, else 128-bit digests of their
+text.
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ Words = npt.NDArray[np.uint64]
 
 _WORD_BITS = 64
 _NUM_TRIES = 8
+_EXTRA_BITS = 2  # four to eight buckets an item: few items share one
 _GOOD_WINDOW = 10  # where few ids share a bucket the fullest of a million buckets holds 8
 # Odd, so that multiplying is a bijection of 64-bit words: equal products mean equal ids.
 _MULTIPLIER = 0x9E3779B97F4A7C15
@@ -92,25 +94,29 @@ class ItemIndex:
         return rows
 
     def _find_keys(self, ids: npt.NDArray[np.int64]) -> Rows:
-        rows = self._window_rows(ids.view(np.uint64) * self._multiplier, ids)
-        rows[self.keys.take(rows) != ids] = self.num_items
+        rows, missing = self._rows_of(ids.view(np.uint64) * self._multiplier, ids)
+        rows[missing] = self.num_items
         return rows
 
     def _find_digests(self, digests: Words) -> Rows:
-        first = digests[:, 0]
-        rows = self._window_rows(first, first)
+        first = np.ascontiguousarray(digests[:, 0])
+        rows, missing = self._rows_of(first, first)
         # A row of the padding is never a match, and has no check.
-        is_same = (self.keys.take(rows) == first) & (
-            self.checks.take(rows, mode="clip") == digests[:, 1]
-        )
-        rows[~is_same] = self.num_items
+        rows[self.checks.take(rows, mode="clip") != digests[:, 1]] = self.num_items
+        rows[missing] = self.num_items
         return rows
 
-    def _window_rows(self, hashes: Words, keys: npt.NDArray[Any]) -> Rows:
-        starts = self.starts.take((hashes >> self._shift).view(np.int64))
-        windows = self.keys.take(starts[:, None] + self._offsets)
-        rows: Rows = starts + (windows == keys[:, None]).argmax(axis=1)
-        return rows
+    def _rows_of(self, hashes: Words, keys: npt.NDArray[Any]) -> tuple[Rows, Rows]:
+        """Row of each key, and which of the keys have none."""
+        rows: Rows = self.starts.take((hashes >> self._shift).view(np.int64)).astype(np.intp)
+        missing: Rows = (self.keys.take(rows) != keys).nonzero()[0]
+        # Nearly all stand first in their bucket; the few others are looked for step by step.
+        for _ in range(1, self.window):
+            if not len(missing):
+                break
+            rows[missing] += 1
+            missing = missing[self.keys.take(rows[missing]) != keys[missing]]
+        return rows, missing
 
     # Made once: numpy's scalars and small arrays cost as much as a step of the look-up.
     @cached_property
@@ -120,10 +126,6 @@ class ItemIndex:
     @cached_property
     def _shift(self) -> np.uint64:
         return np.uint64(_WORD_BITS - (len(self.starts).bit_length() - 1))
-
-    @cached_property
-    def _offsets(self) -> npt.NDArray[np.int32]:
-        return np.arange(self.window, dtype=np.int32)
 
 
 def build_index(ids: npt.NDArray[np.int64] | Sequence[str]) -> tuple[ItemIndex, Rows]:
@@ -202,7 +204,7 @@ def _empty_index(ids: npt.NDArray[np.int64] | Sequence[str]) -> ItemIndex:
 
 def _buckets(hashes: Words) -> tuple[npt.NDArray[np.int32], int]:
     """First position of each bucket in the sorted hashes, and the size of the fullest."""
-    bits = max(1, (len(hashes) - 1).bit_length())
+    bits = _EXTRA_BITS + max(1, (len(hashes) - 1).bit_length())
     buckets = (hashes >> np.uint64(_WORD_BITS - bits)).view(np.int64)
     counts = np.bincount(buckets, minlength=1 << bits)
     starts = np.cumsum(counts) - counts

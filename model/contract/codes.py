@@ -39,7 +39,12 @@ class IdCodes:
         Raises:
             EncodeError: the value is no id.
         """
-        return map_id(self._name, value, self.code)
+        # Most values are texts or integers of the vocabulary, which are found as they are.
+        if type(value) is int:
+            code = self._vocabulary.get(str(value))
+        else:
+            code = self._vocabulary.get(value) if isinstance(value, str) else None
+        return map_id(self._name, value, self.code) if code is None else code
 
     def many(self, column: Column | Ragged) -> Ids:
         """Codes of a column, int64 [n].
@@ -57,7 +62,10 @@ class IdCodes:
     def _known(self, column: list[object]) -> Ids | None:
         # Most columns hold nothing but texts of the vocabulary, which are found as they are.
         try:
-            codes = list(map(self._vocabulary.get, column))  # type: ignore[arg-type]  # any key may be asked for
-        except TypeError:  # an object or a list, which `map_ids` refuses by name
+            return np.fromiter(
+                map(self._vocabulary.__getitem__, column),  # type: ignore[arg-type]  # any key may be asked for
+                np.int64,
+                len(column),
+            )
+        except (KeyError, TypeError):  # a TypeError for an object or list: refused by `map_ids`
             return None
-        return None if None in codes else np.array(codes, np.int64)

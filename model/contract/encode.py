@@ -8,7 +8,6 @@ own.
 """
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -32,9 +31,10 @@ from model.contract.columns import (
 )
 from model.contract.errors import EncodeError
 from model.contract.ids import NO_KEY, canonical_id, hash_id
-from model.contract.matches import MatchPlan, present_matches
-from model.contract.numerics import NumericPlan, moments_of, raw_number, raw_numbers
+from model.contract.matches import MatchPlan, log_matches
+from model.contract.numerics import NumericPlan, moments_of, raw_numbers
 from model.contract.recent import RecentColumn, recent_statistics
+from model.contract.request_row import RowEncoder, quarter_of
 from model.contract.spec import (
     FIRST_CODE,
     MISSING_CODE,
@@ -78,6 +78,8 @@ class _Side:
 class Encoder:
     """Encodes by one fitted schema. Immutable; safe to share between threads.
 
+    `row` encodes single requests, as `request_block` does those of one row, in less time.
+
     With `serving`, `log_only` features take their serving value whatever a column says; without,
     they are read like any other (training).
     """
@@ -112,11 +114,13 @@ class Encoder:
         mean, std = self._candidate.columns
         limits = [self._max_age_days[name] for name in self.candidate_layout.matches]
         self._match_plan = MatchPlan.of(self.candidate_layout, limits, mean=mean, std=std)
-        self._time_parts = [
+        self._time_parts: list[tuple[int, str]] = [
             (j, feature.part)
             for j, name in enumerate(self.request_layout.ids)
             if isinstance(feature := self._features[name], TimePart)
         ]
+
+        self.row = self._row_encoder()
 
     def table_size(self, name: str) -> int:
         """Number of codes of an id feature, its embedding table's rows."""
@@ -161,21 +165,14 @@ class Encoder:
         side.plan.write(dense, values)
         if self._time_parts:
             assert utc_offset is not None
-            # One request's time as a plain number: the same arithmetic without its five arrays.
-            local = time + utc_offset if num_rows != 1 else float(time[0]) + float(utc_offset[0])
             for j, part in self._time_parts:
-                ids[:, j] = FIRST_CODE + time_part(part, local)
+                ids[:, j] = FIRST_CODE + time_part(part, time + utc_offset)
         return RequestBlock(ids=ids, dense=dense, history=self._histories(columns, time))
 
     def _request_values(self, columns: Columns, time: Floats) -> Floats:
         """Transformed values of all the request's numerics, [K, R]."""
         side = self._request
         given = [name for name in columns if name in side.numeric_places]
-        if len(time) == 1:
-            row = side.default_values.copy()
-            raw_row = {side.numeric_places[n]: raw_number(n, columns[n]) for n in given}
-            side.plan.transform_one(raw_row, row, float(time[0]))
-            return np.array(row, np.float64)[:, None]
         raw = np.repeat(side.default_raw, len(time), axis=1)
         if given:
             places = [side.numeric_places[name] for name in given]
@@ -195,7 +192,7 @@ class Encoder:
         )
         self.overwrite_candidates(block, columns)
         matches = self.candidate_layout.matches
-        counts, last_times = np.full((2, len(matches), len(time)), np.nan)
+        entries = np.full((2, len(matches), len(time)), np.nan)
         given = False
         for j, name in enumerate(matches):
             pair = (f"{name}_count", f"{name}_last_time")
@@ -204,9 +201,9 @@ class Encoder:
                 raise EncodeError(present[0], f"{' and '.join(pair)} must be given together")
             if present:
                 given = True
-                counts[j], last_times[j] = (numbers(c, columns[c]) for c in pair)
+                entries[:, j] = [numbers(c, columns[c]) for c in pair]
         if given:
-            self.overwrite_matches(block, counts, last_times, time=time)
+            self.overwrite_matches(block, entries, time=time)
         return block
 
     def overwrite_candidates(self, block: CandidateBlock, columns: Columns) -> None:
@@ -218,22 +215,17 @@ class Encoder:
             side.plan.select(places).write(block.dense, values.T)
 
     def overwrite_matches(
-        self,
-        block: CandidateBlock,
-        counts: Floats,
-        last_times: Floats,
-        *,
-        time: Floats | float,
+        self, block: CandidateBlock, entries: Floats, *, time: Floats | float
     ) -> None:
         """Writes every match feature.
 
         Args:
             block: N candidates.
-            counts: [M, N], NaN or 0 for none.
-            last_times: unix seconds [M, N], of no meaning where there is none.
+            entries: counts, NaN or 0 for none, and last times in unix seconds, of no meaning where
+                there is none: [2, M, N]; used up.
             time: unix seconds of the requests, [N] or one for all.
         """
-        self._match_plan.write(block.dense, counts, last_times, time)
+        self._match_plan.write(block.dense, entries, time)
 
     def transform_matches(
         self, names: Sequence[str], counts: Floats, last_times: Floats, *, time: Floats | float
@@ -244,8 +236,9 @@ class Encoder:
         it is older than the feature's max_age_days.
         """
         limits = [self._max_age_days[name] for name in names]
-        present, both = present_matches(limits, counts, last_times, time)
-        return np.where(present, np.log1p(both), np.nan).reshape(2 * len(names), -1)
+        entries = np.array([counts, last_times], np.float64)
+        present = log_matches(limits, entries, time)
+        return np.where(present, entries, np.nan).reshape(2 * len(names), -1)
 
     def with_recent_statistics(self, columns: Columns, *, time: Floats) -> Columns:
         """The columns, and beside them those of every recent feature whose events are given."""
@@ -350,11 +343,7 @@ class Encoder:
     def _write_ids(self, side: "_Side", ids: Ids, columns: Columns) -> None:
         for name, column in columns.items():
             j = side.id_places.get(name)
-            if j is None:
-                continue
-            if len(ids) == 1 and isinstance(column, list):
-                ids[0, j] = self._codes[name].one(column[0])
-            else:
+            if j is not None:
                 ids[:, j] = self.encode_ids(name, column)
 
     def _side(self, layout: BlockLayout) -> "_Side":
@@ -381,6 +370,21 @@ class Encoder:
             default_values=plan.transform(default_raw, None)[:, 0].tolist(),
             columns=(mean[:, None], std[:, None]),
             plan=plan,
+        )
+
+    def _row_encoder(self) -> RowEncoder:
+        side = self._request
+        return RowEncoder(
+            side.layout,
+            codes={name: (j, self._codes[name]) for name, j in side.id_places.items()},
+            default_ids=side.default_ids[0].tolist(),
+            numeric_places=side.numeric_places,
+            default_values=side.default_values,
+            plan=side.plan,
+            recents=[(f, self._statistics_start[f.name]) for f in self._recents],
+            time_parts=self._time_parts,
+            utc_offset=lambda time: self._offset(quarter_of(time)),
+            histories=self._histories,
         )
 
     def _default_candidate(self) -> CandidateBlock:
@@ -425,10 +429,6 @@ class Encoder:
 
     def _utc_offsets(self, time: Floats) -> Floats:
         # Offsets change at whole quarters of an hour only; Python is called once per distinct one.
-        if len(time) == 1:
-            at = float(time[0])
-            quarter = math.floor(at / 900.0) * 900.0 if math.isfinite(at) else at
-            return np.array([self._offset(quarter)], np.float64)
         quarters, inverse = np.unique(np.floor(time / 900.0), return_inverse=True)
         offsets = [self._offset(float(quarter) * 900.0) for quarter in quarters]
         return np.array(offsets, np.float64)[inverse]

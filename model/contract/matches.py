@@ -48,26 +48,30 @@ class MatchPlan:
             missing_flag=(1.0 - mean[flags]) / std[flags],
         )
 
-    def write(self, dense: Dense, counts: Floats, last_times: Floats, time: Floats | float) -> None:
-        """Encodes counts and last times [M, N] into a block's dense [N, D]."""
-        present, both = present_matches(self.max_age_days, counts, last_times, time)
-        scaled = (np.log1p(both).reshape(len(self.mean), -1) - self.mean) / self.std
-        scaled = np.where(present, scaled.reshape(both.shape), 0.0)
-        dense[:, self.values] = scaled.reshape(len(self.mean), -1).T
+    def write(self, dense: Dense, entries: Floats, time: Floats | float) -> None:
+        """Encodes counts and last times [2, M, N], used up, into a block's dense [N, D]."""
+        present = log_matches(self.max_age_days, entries, time)
+        scaled = entries.reshape(len(self.mean), -1)
+        scaled -= self.mean
+        scaled /= self.std
+        dense[:, self.values] = np.where(present, entries, 0.0).reshape(scaled.shape).T
         dense[:, self.flags] = np.where(present, self.present_flag, self.missing_flag).T
 
 
-def present_matches(
-    max_age_days: Sequence[float], counts: Floats, last_times: Floats, time: Floats | float
-) -> tuple[Mask, Floats]:
-    """Which entries [k, N] are not missing; counts and days since [2, k, N], 0 where they are.
+def log_matches(max_age_days: Sequence[float], entries: Floats, time: Floats | float) -> Mask:
+    """Which entries [k, N] are not missing; makes values of their counts and last times [2, k, N].
 
-    An entry is missing where its count is 0 or NaN, where it is later than the request, and where
-    it is older than the feature's limit.
+    Those are log1p of the count and of the days since, of no meaning where the entry is missing.
+    It is where its count is 0 or NaN, where it is later than the request, and where it is older
+    than the feature's limit.
     """
-    days = (time - last_times) / SECONDS_PER_DAY
-    present = (counts > 0) & (days >= 0)
+    counts, days = entries
+    np.subtract(time, days, out=days)
+    days /= SECONDS_PER_DAY
+    present: Mask = counts > 0
+    present &= days >= 0
     if min(max_age_days, default=np.inf) < np.inf:
         present &= days <= np.array(max_age_days)[:, None]
-    both = np.concatenate([counts, days]).reshape(2, *days.shape)
-    return present, np.where(present, both, 0.0)
+    np.maximum(entries, 0.0, out=entries)  # what is missing may have no logarithm
+    np.log1p(entries, out=entries)
+    return present

@@ -29,6 +29,7 @@ class NumericPlan:
             taken; the same as above for one value.
         first_flag: where the missing flags of the layout begin among the dense columns.
         mean, std: moments of the values; flag_mean, flag_std: of their missing flags.
+        both_means: those of the values and then of the flags, [2, k]; `both_stds` likewise.
         flags: positions of the missing flags among the block's dense columns, likewise.
     """
 
@@ -46,6 +47,8 @@ class NumericPlan:
     flag_std: Floats
     first_flag: int
     rows: tuple[tuple[float, bool, float, float, bool], ...]
+    both_means: Floats
+    both_stds: Floats
 
     @classmethod
     def of(
@@ -80,6 +83,8 @@ class NumericPlan:
             flag_mean=mean[there, None],
             flag_std=std[there, None],
             first_flag=flags,
+            both_means=np.stack([mean[here], mean[there]]),
+            both_stds=np.stack([std[here], std[there]]),
         )
 
     def select(self, places: Sequence[int]) -> "NumericPlan":
@@ -100,6 +105,8 @@ class NumericPlan:
             flag_std=self.flag_std[at],
             first_flag=self.first_flag,
             rows=tuple(self.rows[place] for place in places),
+            both_means=self.both_means[:, at],
+            both_stds=self.both_stds[:, at],
         )
 
     def transform(self, raw: Floats, time: Floats | None) -> Floats:
@@ -157,6 +164,17 @@ class NumericPlan:
         dense[:, self.places] = np.where(missing, 0.0, (values - self.mean) / self.std).T
         dense[:, self.flags] = ((missing - self.flag_mean) / self.flag_std).T
 
+    def write_one(self, values: Sequence[float]) -> Dense:
+        """`write` of one row [k] of a plan of all of a block's dense columns; dense [1, 2k]."""
+        both = np.empty((2, len(values)), np.float64)
+        both[0] = values
+        missing = np.isnan(both[0])
+        both[1] = missing
+        both -= self.both_means
+        both /= self.both_stds
+        np.putmask(both[0], missing, 0.0)
+        return both.reshape(1, -1).astype(np.float32)
+
 
 def raw_numbers(columns: Iterable[tuple[str, Column | Ragged]]) -> Floats:
     """Raw columns as one float64 [k, n], NaN where missing.
@@ -168,17 +186,15 @@ def raw_numbers(columns: Iterable[tuple[str, Column | Ragged]]) -> Floats:
     return np.concatenate(made).reshape(len(made), -1)
 
 
-def raw_number(name: str, column: Column | Ragged) -> float:
-    """The one value of a raw column, NaN where missing.
+def raw_number(name: str, value: object) -> float:
+    """One raw value as a number, NaN where missing.
 
     Raises:
         EncodeError: as `raw_numbers`.
     """
-    if isinstance(column, list):
-        value = number(name, column[0], 0)
-        if value != value or abs(value) <= LARGEST:
-            return value
-    return float(numbers(name, column)[0])
+    found = value if type(value) is float else number(name, value, 0)
+    # NaN is not larger than anything.
+    return float(numbers(name, [value])[0]) if abs(found) > LARGEST else found
 
 
 def _limits(features: Sequence[Feature | None], name: str, none: float) -> Floats:

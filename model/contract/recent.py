@@ -62,8 +62,16 @@ def recent_statistics(
     """
     if len(time) == 1:
         key = None if here is None else here[0]
-        one = _statistics_of_one(feature, column, float(time[0]), float(utc_offset[0]), key)
-        return one[:, None]
+        events = column.events
+        made = RecentRow(feature).statistics(
+            np.asarray(events.values, np.float64),
+            events.times,
+            column.keys,
+            time=float(time[0]),
+            utc_offset=float(utc_offset[0]),
+            here=NO_KEY if key is None else int(key),
+        )
+        return np.array(made, np.float64)[:, None]
     if len(time) <= CHUNK_REQUESTS:
         return _statistics(feature, column, time, utc_offset, here)
     chunks = []
@@ -107,75 +115,84 @@ def _statistics(
     return np.stack([parts[name.removeprefix(f"{feature.name}_")] for name in feature.statistics])
 
 
-def _statistics_of_one(
-    feature: Recent,
-    column: RecentColumn,
-    time: float,
-    utc_offset: float,
-    here: np.uint64 | None,
-) -> Floats:
-    """`_statistics` of one request [S], bit for bit, with a fifth of its steps."""
-    times, values, keys = column.events.times, np.asarray(column.events.values), column.keys
-    if len(times) and (times[0] > time or len(times) > feature.max_length):
-        start = int(np.count_nonzero(times > time))  # newest first, so these come first
-        kept = slice(start, start + feature.max_length)
-        times, values, keys = times[kept], values[kept], None if keys is None else keys[kept]
-    if not len(times):
-        return np.full(len(feature.statistics), np.nan)
-    log_values = np.log1p(values)
-    age_days = (time - times) / SECONDS_PER_DAY
-    is_alike = _alike(feature, times, keys, time + utc_offset, utc_offset, here)
-    alike = is_alike.astype(np.float64)
-    # Sums run from the newest event to the oldest, as those of many requests do.
-    sums = np.add.accumulate(log_values)
-    alike_totals = np.add.accumulate(alike * log_values, axis=1)[:, -1].tolist()
-    within = age_days.searchsorted(feature.windows_days, "right").tolist()
-    numbers = [*within, *np.add.reduce(alike, axis=1).tolist()]
-    # From here on these are too few numbers to be worth an array.
-    prior = PRIOR_EVENTS * (float(sums[-1]) / len(times))
-    means = [float(sums[n - 1]) / n if n else np.nan for n in within]
-    means += [
-        (total + prior) / (number + PRIOR_EVENTS)
-        for total, number in zip(alike_totals, numbers[len(within) :], strict=True)
-    ]
-    days = [float(age_days[1]) - float(age_days[0]) if len(times) > 1 else np.nan]
-    if feature.large is not None:
-        days.append(_first(age_days, values >= np.float32(feature.large)))
-    if feature.context is not None:
-        days.append(_first(age_days, is_alike[2]))
-    logs = np.log1p(np.array([*numbers, *days], np.float64)).tolist()
-    pairs = [value for pair in zip(logs, means, strict=False) for value in pair]
-    first, second = 2 * len(within), 2 * len(within) + 4
-    gap, *others = logs[len(numbers) :]
-    parts = [*pairs[:first], float(log_values[0]), gap, *pairs[first:second]]
-    if feature.large is not None:
-        parts.append(others.pop(0))
-    return np.array([*parts, *pairs[second:], *others], np.float64)
+class RecentRow:
+    """`recent_statistics` of single requests, bit for bit, with a fifth of the steps. Immutable."""
+
+    def __init__(self, feature: Recent) -> None:
+        """Looks up once what the feature says."""
+        self._max_length = feature.max_length
+        self._windows = np.array(feature.windows_days, np.float64)
+        self._large = None if feature.large is None else float(np.float32(feature.large))
+        self._has_context = feature.context is not None
+        self._nothing = [math.nan] * len(feature.statistics)
+        # All events, those at this hour, on this weekday, and if the feature says so here, large.
+        self._num_sums = 4 if self._has_context else 3
+        self._num_masks = self._num_sums + (self._large is not None)
+        self._aged = [self._num_sums] if self._large is not None else []
+        self._aged += [3] if self._has_context else []
+
+    def statistics(
+        self,
+        values: Floats,
+        times: Floats,
+        keys: Keys | None,
+        *,
+        time: float,
+        utc_offset: float,
+        here: int,
+    ) -> list[float]:
+        """Of one request's events [n]; `here` is NO_KEY without a context value."""
+        if len(times) and (times[0] > time or len(times) > self._max_length):
+            start = int(np.count_nonzero(times > time))  # newest first, so these come first
+            kept = slice(start, start + self._max_length)
+            times, values, keys = times[kept], values[kept], None if keys is None else keys[kept]
+        num_events = len(times)
+        if not num_events:
+            return self._nothing
+        age_days = (time - times) / SECONDS_PER_DAY
+        masks = np.zeros((self._num_masks, num_events), np.bool_)
+        masks[0] = True
+        _write_alike(masks, times + utc_offset, time + utc_offset)
+        if self._has_context and keys is not None and here != NO_KEY:
+            np.equal(keys, np.uint64(here), out=masks[3])
+        if self._large is not None:
+            np.greater_equal(values, self._large, out=masks[-1])
+        log_values = np.log1p(values)
+        # Sums run from the newest event to the oldest, as those of many requests do.
+        sums = np.add.accumulate(masks[: self._num_sums] * log_values, axis=1)
+        within = age_days.searchsorted(self._windows, "right").tolist()
+        all_sums, totals = sums[0], sums[:, -1].tolist()
+        # From here on these are too few numbers to be worth an array; masks are bytes of 0 or 1.
+        facts = masks.tobytes()
+        ends = range(num_events, self._num_sums * num_events, num_events)
+        alike = [facts.count(1, start, start + num_events) for start in ends]
+        prior = PRIOR_EVENTS * (totals[0] / num_events)
+        means = [float(all_sums[n - 1]) / n if n else math.nan for n in within]
+        for total, number in zip(totals[1:], alike, strict=True):
+            means.append((total + prior) / (number + PRIOR_EVENTS))
+        days = [float(age_days[1]) - float(age_days[0]) if num_events > 1 else math.nan]
+        for row in self._aged:
+            start = row * num_events
+            place = facts.find(1, start, start + num_events) - start
+            days.append(float(age_days[place]) if place >= 0 else math.nan)
+        logs = np.log1p(np.array([*within, *alike, *days], np.float64)).tolist()
+        return self._in_order(means, logs, float(log_values[0]))
+
+    def _in_order(self, means: list[float], logs: list[float], last: float) -> list[float]:
+        pairs = [value for pair in zip(logs, means, strict=False) for value in pair]
+        first = 2 * len(self._windows)
+        gap, *others = logs[len(means) :]
+        parts = [*pairs[:first], last, gap, *pairs[first : first + 4]]
+        if self._large is not None:
+            parts.append(others.pop(0))
+        return [*parts, *pairs[first + 4 :], *others]
 
 
-def _alike(
-    feature: Recent,
-    times: Floats,
-    keys: Keys | None,
-    local: float,
-    utc_offset: float,
-    here: np.uint64 | None,
-) -> Mask:
-    """Events at the request's hour, on its weekday and, with a context, here: [2 or 3, n]."""
-    event_local = times + utc_offset
-    alike = np.zeros((2 if feature.context is None else 3, len(times)), np.bool_)
+def _write_alike(masks: Mask, event_local: Floats, local: float) -> None:
+    """Which events [n] are at the request's hour and on its weekday, into masks 1 and 2."""
     hour = np.abs(_clock(event_local) - (local / 3600.0) % 24.0)
-    np.less_equal(np.minimum(hour, 24.0 - hour), NEAR_HOURS, out=alike[0])
-    np.equal(_weekday(event_local), math.floor(local / SECONDS_PER_DAY) % 7, out=alike[1])
-    if len(alike) > 2 and keys is not None and here is not None and here != NO_KEY:
-        np.equal(keys, here, out=alike[2])
-    return alike
-
-
-def _first(age_days: Floats, mask: Mask) -> float:
-    """Age of the newest of those events, NaN where there is none."""
-    place = int(mask.argmax())
-    return float(age_days[place]) if mask[place] else np.nan
+    np.less_equal(np.minimum(hour, 24.0 - hour), NEAR_HOURS, out=masks[1])
+    np.equal(_weekday(event_local), math.floor(local / SECONDS_PER_DAY) % 7, out=masks[2])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from tiny import DAY, NOON
 
 from model.contract.columns import Dictionary
 from model.contract.encode import Encoder
-from model.contract.ids import hash_id
-from model.contract.record import look_up
+from model.contract.ids import canonical_ids, hash_id, hash_ids
+from model.contract.record import RecentEntries, look_up
 
 ENCODER = Encoder(tiny.fitted_schema())
 TRAINING_ENCODER = Encoder(tiny.fitted_schema(), serving=False)
@@ -82,6 +82,46 @@ def test_a_block_of_requests_is_its_requests_one_by_one(
         np.testing.assert_array_equal(together.ids[i], alone.ids[0])
         np.testing.assert_array_equal(together.dense[i], alone.dense[0])
         np.testing.assert_array_equal(together.history[i], alone.history[0])
+
+
+def stored_recents(columns: dict[str, list[Any]]) -> dict[str, RecentEntries]:
+    """The visits of one row as a record holds them, with times in whole seconds."""
+    if columns["visits"][0] is None:
+        return {}
+    return {
+        "visits": RecentEntries(
+            values=np.array(columns["visits"][0], np.float32),
+            times=np.array(columns["visits_time"][0], np.float64).astype(np.int64),
+            keys=hash_ids(canonical_ids(columns["visits_store_id"][0])),
+        )
+    }
+
+
+@settings(max_examples=150, deadline=None)
+@given(row=st.fixed_dictionaries(REQUEST_VALUES), time=seconds, serving=st.booleans())
+def test_a_row_by_itself_is_a_row_of_a_block(
+    row: dict[str, Any], time: float, serving: bool
+) -> None:
+    encoder = ENCODER if serving else TRAINING_ENCODER
+    columns = columns_of([row])
+    recents = stored_recents(columns)
+    if recents:
+        columns["visits_time"] = [recents["visits"].times.tolist()]
+    lists = {name: column for name, column in columns.items() if isinstance(column[0], list)}
+
+    # Twice the row: a block of one takes shortcuts of its own.
+    block = encoder.request_block({n: c * 2 for n, c in columns.items()}, time=np.full(2, time))
+    alone = encoder.row.encode(
+        {name: column[0] for name, column in columns.items() if name not in lists},
+        time=time,
+        recents=recents,
+        histories={name: lists[name] for name in ("recent", "recent_time") if name in lists},
+    )
+
+    for name in ("ids", "dense", "history"):
+        expected = getattr(block, name)[:1]
+        assert getattr(alone, name).tobytes() == expected.tobytes()
+        assert getattr(alone, name).dtype == expected.dtype
 
 
 @settings(max_examples=80, deadline=None)

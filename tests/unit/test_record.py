@@ -12,6 +12,7 @@ from model.contract.ids import NO_KEY, hash_id, hash_ids
 from model.contract.record import (
     HistoryEntries,
     MatchEntries,
+    MatchTable,
     RecentEntries,
     UserRecord,
     look_up,
@@ -320,3 +321,60 @@ def test_look_up_without_entries_is_nan(table: MatchEntries | None) -> None:
     assert np.isnan(counts).all()
     assert np.isnan(times).all()
     assert len(counts) == len(times) == 2
+
+
+def table(**matches: MatchEntries) -> MatchTable:
+    return MatchTable.of(
+        unpack_record(pack_record(UserRecord(updated_at=0.0, matches=matches))).matches
+    )
+
+
+def test_a_table_finds_in_each_feature_what_look_up_finds() -> None:
+    matches = {
+        "a": entries([10, 20], [1, 2], [100, 200]),
+        "empty": entries([], [], []),
+        "b": entries([5, 20, 2**64 - 1], [3, 4, 5], [300, 400, 500]),
+    }
+    names = ("b", "absent", "a", "empty")
+    keys = np.array([NO_KEY, 5, 10, 15, 20, 2**64 - 1], np.uint64)
+
+    counts, times = table(**matches).find(names, np.repeat(keys[:, None], 4, axis=1))
+
+    for j, name in enumerate(names):
+        expected_counts, expected_times = look_up(matches.get(name), keys)
+        found = ~np.isnan(expected_counts)
+        assert counts[j].tolist() == np.nan_to_num(expected_counts).tolist()
+        assert times[j, found].tolist() == expected_times[found].tolist()
+
+
+def test_a_key_of_the_next_feature_is_not_of_the_one_before() -> None:
+    both = table(a=entries([1], [1], [1]), b=entries([2], [2], [2]))
+
+    counts, _ = both.find(("a", "b"), np.array([[2, 1]], np.uint64))
+
+    assert counts.tolist() == [[0.0], [0.0]]
+
+
+def test_a_table_finds_no_key_nowhere_even_where_it_stands() -> None:
+    stored = table(a=entries([NO_KEY, 10], [7, 2], [1, 2]), b=entries([NO_KEY], [7], [1]))
+
+    counts, _ = stored.find(("a", "b"), np.array([[NO_KEY, NO_KEY], [10, 10]], np.uint64))
+
+    assert counts.tolist() == [[0.0, 2.0], [0.0, 0.0]]
+
+
+def test_keys_are_checked_feature_by_feature() -> None:
+    """The second may begin below the first's last key; within the third one stands twice."""
+    first = {"keys": bytes(7) + b"\1", "counts": bytes(4), "last_times": bytes(8)}
+    second = {"keys": b"\1" + bytes(7), "counts": bytes(4), "last_times": bytes(8)}
+    third = {"keys": (b"\1" + bytes(7)) * 2, "counts": bytes(8), "last_times": bytes(16)}
+
+    assert list(unpack_record(wire(matches={"a": first, "b": second})).matches) == ["a", "b"]
+    with pytest.raises(RecordError, match="'c': keys are not strictly ascending"):
+        unpack_record(wire(matches={"a": first, "b": second, "c": third}))
+
+
+def test_minus_zero_is_a_value_of_a_recent_event() -> None:
+    record = unpack_record(wire(**recent_bytes(values=b"\0\0\0\x80")))
+
+    assert record.recents["trips"].values.tolist() == [0.0]
