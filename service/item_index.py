@@ -23,7 +23,7 @@ Words = npt.NDArray[np.uint64]
 _WORD_BITS = 64
 _NUM_TRIES = 8
 _EXTRA_BITS = 2  # four to eight buckets an item: few items share one
-_GOOD_WINDOW = 10  # where few ids share a bucket the fullest of a million buckets holds 8
+_GOOD_WINDOW = 10  # of a million ids without a pattern at most 6 share a bucket
 # Odd, so that multiplying is a bijection of 64-bit words: equal products mean equal ids.
 _MULTIPLIER = 0x9E3779B97F4A7C15
 

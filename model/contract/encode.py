@@ -30,7 +30,7 @@ from model.contract.columns import (
     numbers,
 )
 from model.contract.errors import EncodeError
-from model.contract.ids import NO_KEY, canonical_id, hash_id
+from model.contract.ids import NO_KEY, key_of
 from model.contract.matches import MatchPlan, log_matches
 from model.contract.numerics import NumericPlan, moments_of, raw_numbers
 from model.contract.recent import RecentColumn, recent_statistics
@@ -119,7 +119,6 @@ class Encoder:
             for j, name in enumerate(self.request_layout.ids)
             if isinstance(feature := self._features[name], TimePart)
         ]
-
         self.row = self._row_encoder()
 
     def table_size(self, name: str) -> int:
@@ -333,7 +332,7 @@ class Encoder:
     ) -> npt.NDArray[np.uint64]:
         if column is None:
             return np.full(num_rows, NO_KEY, np.uint64)
-        hashed = map_ids(name, column, lambda v: hash_id(canonical_id(v)), null=NO_KEY)
+        hashed = map_ids(name, column, key_of, null=NO_KEY)
         return hashed.view(np.uint64)
 
     def encode_ids(self, name: str, column: Column | Ragged) -> Ids:

@@ -46,6 +46,15 @@ def hash_id(canonical: str | None) -> int:
     return xxhash.xxh64_intdigest(_to_bytes(canonical), HASH_SEED) or 1
 
 
+def key_of(value: object) -> int:
+    """The hash of a raw id's canonical form.
+
+    Raises:
+        TypeError: as `canonical_id`.
+    """
+    return hash_id(canonical_id(value))
+
+
 def hash_ids(canonical: Iterable[str | None]) -> npt.NDArray[np.uint64]:
     """`hash_id` of each, uint64 [n]."""
     return np.fromiter((hash_id(value) for value in canonical), np.uint64)

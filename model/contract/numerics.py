@@ -28,8 +28,7 @@ class NumericPlan:
         rows: of each column: default, whether it is a time, minimum, maximum, whether log1p is
             taken; the same as above for one value.
         first_flag: where the missing flags of the layout begin among the dense columns.
-        mean, std: moments of the values; flag_mean, flag_std: of their missing flags.
-        both_means: those of the values and then of the flags, [2, k]; `both_stds` likewise.
+        means: of the values and then of their missing flags, [2, k]; `stds` likewise.
         flags: positions of the missing flags among the block's dense columns, likewise.
     """
 
@@ -40,15 +39,11 @@ class NumericPlan:
     has_defaults: bool
     elapsed: Ids
     log1p: Ids
-    mean: Floats
-    std: Floats
+    means: Floats
+    stds: Floats
     flags: Ids | slice
-    flag_mean: Floats
-    flag_std: Floats
     first_flag: int
     rows: tuple[tuple[float, bool, float, float, bool], ...]
-    both_means: Floats
-    both_stds: Floats
 
     @classmethod
     def of(
@@ -77,14 +72,10 @@ class NumericPlan:
                     *limits, is_elapsed, takes_log, strict=True
                 )
             ),
-            mean=mean[here, None],
-            std=std[here, None],
+            means=np.stack([mean[here], mean[there]]),
+            stds=np.stack([std[here], std[there]]),
             flags=there,
-            flag_mean=mean[there, None],
-            flag_std=std[there, None],
             first_flag=flags,
-            both_means=np.stack([mean[here], mean[there]]),
-            both_stds=np.stack([std[here], std[there]]),
         )
 
     def select(self, places: Sequence[int]) -> "NumericPlan":
@@ -98,15 +89,11 @@ class NumericPlan:
             has_defaults=self.has_defaults,
             elapsed=_where(place in self.elapsed for place in places),
             log1p=_where(place in self.log1p for place in places),
-            mean=self.mean[at],
-            std=self.std[at],
+            means=self.means[:, at],
+            stds=self.stds[:, at],
             flags=at + self.first_flag,
-            flag_mean=self.flag_mean[at],
-            flag_std=self.flag_std[at],
             first_flag=self.first_flag,
             rows=tuple(self.rows[place] for place in places),
-            both_means=self.both_means[:, at],
-            both_stds=self.both_stds[:, at],
         )
 
     def transform(self, raw: Floats, time: Floats | None) -> Floats:
@@ -161,8 +148,9 @@ class NumericPlan:
     def write(self, dense: Dense, values: Floats) -> None:
         """Puts transformed values [k, n] and their missing flags into a block's dense [n, D]."""
         missing = np.isnan(values)
-        dense[:, self.places] = np.where(missing, 0.0, (values - self.mean) / self.std).T
-        dense[:, self.flags] = ((missing - self.flag_mean) / self.flag_std).T
+        means, stds = self.means[..., None], self.stds[..., None]
+        dense[:, self.places] = np.where(missing, 0.0, (values - means[0]) / stds[0]).T
+        dense[:, self.flags] = ((missing - means[1]) / stds[1]).T
 
     def write_one(self, values: Sequence[float]) -> Dense:
         """`write` of one row [k] of a plan of all of a block's dense columns; dense [1, 2k]."""
@@ -170,8 +158,8 @@ class NumericPlan:
         both[0] = values
         missing = np.isnan(both[0])
         both[1] = missing
-        both -= self.both_means
-        both /= self.both_stds
+        both -= self.means
+        both /= self.stds
         np.putmask(both[0], missing, 0.0)
         return both.reshape(1, -1).astype(np.float32)
 

@@ -60,18 +60,6 @@ def recent_statistics(
         utc_offset: seconds [R] to add for local time, to the events' times as well.
         here: key of each request's context value [R]; None without a context.
     """
-    if len(time) == 1:
-        key = None if here is None else here[0]
-        events = column.events
-        made = RecentRow(feature).statistics(
-            np.asarray(events.values, np.float64),
-            events.times,
-            column.keys,
-            time=float(time[0]),
-            utc_offset=float(utc_offset[0]),
-            here=NO_KEY if key is None else int(key),
-        )
-        return np.array(made, np.float64)[:, None]
     if len(time) <= CHUNK_REQUESTS:
         return _statistics(feature, column, time, utc_offset, here)
     chunks = []

@@ -6,7 +6,6 @@ store. A field that is absent is missing; a field that the schema does not know 
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
 
 import msgspec
 import numpy as np
@@ -110,16 +109,7 @@ class MatchTable(Mapping[str, MatchEntries]):
         """Entries that were checked; those of a record that was read are a table already."""
         if isinstance(matches, cls):
             return matches
-        return _join(
-            {
-                name: _WireMatch(
-                    keys=entries.keys.astype(_KEY).tobytes(),
-                    counts=entries.counts.astype(_COUNT).tobytes(),
-                    last_times=entries.last_times.astype(_TIME).tobytes(),
-                )
-                for name, entries in matches.items()
-            }
-        )
+        return _join({name: _wire_match(entries) for name, entries in matches.items()})
 
     def find(self, names: Sequence[str], keys: Keys) -> npt.NDArray[np.float64]:
         """`look_up` in m features at once, each for its column of keys [n, m].
@@ -194,7 +184,6 @@ _KEY, _COUNT, _TIME, _VALUE = (np.dtype(name) for name in ("<u8", "<u4", "<i8", 
 _BITS = np.dtype("<u4")
 _FOUR_ZEROS, _EIGHT_ZEROS = bytes(4), bytes(8)
 _INFINITY_BITS = 0x7F800000  # of float32; those of a smaller number of 0 or more are less
-_NO_MATCHES: Mapping[str, MatchEntries] = MappingProxyType({})
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(_WireRecord)
@@ -213,26 +202,19 @@ def pack_record(record: UserRecord) -> bytes:
             record_version=RECORD_VERSION,
             updated_at=record.updated_at,
             features=dict(record.features),
-            matches={
-                name: _WireMatch(
-                    keys=entries.keys.astype("<u8").tobytes(),
-                    counts=entries.counts.astype("<u4").tobytes(),
-                    last_times=entries.last_times.astype("<i8").tobytes(),
-                )
-                for name, entries in record.matches.items()
-            },
+            matches={name: _wire_match(entries) for name, entries in record.matches.items()},
             histories={
                 name: _WireHistory(
-                    ids=list(history.ids), times=history.times.astype("<i8").tobytes()
+                    ids=list(history.ids), times=history.times.astype(_TIME).tobytes()
                 )
                 for name, history in record.histories.items()
             },
             # Left out where there is none: such a record's bytes stay those of earlier releases.
             recents={
                 name: _WireRecent(
-                    values=entries.values.astype("<f4").tobytes(),
-                    times=entries.times.astype("<i8").tobytes(),
-                    keys=entries.keys.astype("<u8").tobytes(),
+                    values=entries.values.astype(_VALUE).tobytes(),
+                    times=entries.times.astype(_TIME).tobytes(),
+                    keys=entries.keys.astype(_KEY).tobytes(),
                 )
                 for name, entries in record.recents.items()
             }
@@ -288,9 +270,17 @@ def unpack_record(data: bytes) -> UserRecord:
     return UserRecord(
         updated_at=wire.updated_at,
         features=wire.features,
-        matches=_join(wire.matches) if wire.matches else _NO_MATCHES,
+        matches=_join(wire.matches),
         histories=histories,
         recents=recents,
+    )
+
+
+def _wire_match(entries: MatchEntries) -> _WireMatch:
+    return _WireMatch(
+        keys=entries.keys.astype(_KEY).tobytes(),
+        counts=entries.counts.astype(_COUNT).tobytes(),
+        last_times=entries.last_times.astype(_TIME).tobytes(),
     )
 
 

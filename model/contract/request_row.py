@@ -13,7 +13,7 @@ import numpy as np
 from model.contract.blocks import BlockLayout, RequestBlock
 from model.contract.codes import IdCodes
 from model.contract.columns import Columns, Floats, Ids, map_id
-from model.contract.ids import NO_KEY, canonical_id, hash_id
+from model.contract.ids import NO_KEY, key_of
 from model.contract.numerics import NumericPlan, raw_number
 from model.contract.recent import RecentRow
 from model.contract.record import RecentEntries
@@ -120,11 +120,4 @@ def quarter_of(time: float) -> float:
 
 
 def _key(context: str | None, values: Mapping[str, object]) -> int:
-    value = None if context is None else values.get(context)
-    if value is None or context is None:
-        return NO_KEY
-    return map_id(context, value, _hash)
-
-
-def _hash(value: object) -> int:
-    return hash_id(canonical_id(value))
+    return NO_KEY if context is None else map_id(context, values.get(context), key_of)

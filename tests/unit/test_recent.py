@@ -11,8 +11,8 @@ from model.contract.blocks import layouts
 from model.contract.columns import Ragged
 from model.contract.encode import Encoder
 from model.contract.errors import EncodeError
-from model.contract.ids import NO_KEY, hash_ids
-from model.contract.recent import RecentColumn, recent_statistics
+from model.contract.ids import NO_KEY, hash_ids, key_of
+from model.contract.recent import RecentColumn, RecentRow, recent_statistics
 from model.contract.spec import FittedSchema, Recent, parse_schema
 
 HOUR = 3600
@@ -44,12 +44,13 @@ def statistics(
         times=NOON - np.array(ages, np.float64),
         offsets=np.array([0, len(logs)], np.int64),
     )
-    found = recent_statistics(
-        feature,
-        RecentColumn(events=events, keys=hash_ids(shops)),
-        time=np.array([NOON]),
-        utc_offset=np.array([utc_offset]),
-        here=hash_ids([here]),
+    found = RecentRow(feature).statistics(
+        np.asarray(events.values),
+        events.times,
+        hash_ids(shops),
+        time=NOON,
+        utc_offset=utc_offset,
+        here=key_of(here),
     )
     both = recent_statistics(
         feature,
@@ -65,9 +66,9 @@ def statistics(
         utc_offset=np.array([utc_offset, 0.0]),
         here=hash_ids([here, here]),
     )
-    np.testing.assert_array_equal(both[:, 0], found[:, 0])
+    np.testing.assert_array_equal(both[:, 0], found)
     names = [name.removeprefix("visits_") for name in feature.statistics]
-    return dict(zip(names, found[:, 0].tolist(), strict=True))
+    return dict(zip(names, found, strict=True))
 
 
 # Their mean is 11 / 4; a mean of n of them is (sum + 2 * 11/4) / (n + 2).
