@@ -7,37 +7,49 @@ from typing import Any
 
 import numpy as np
 
-from model.contract.blocks import Blocks, CandidateBlock, RequestBlock
-from model.contract.bundle import MODEL, Bundle
+from model.contract.blocks import Blocks, RequestBlock
+from model.contract.bundle import MODEL, MODEL_BY_ITEM, Bundle, ItemParts
 
 ROWS = (1, 20, 100, 400)
 REPEATS = 200
+# A network is written in two parts if they take at most so much of the whole's time: what they cost
+# beside it is memory.
+WORTHWHILE_SHARE = 0.9
 PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm")
 
 Feeds = dict[str, Any]  # Any: int64 and float32 arrays side by side
 
 
 def run_cost(bundle: Bundle) -> dict[str, float]:
-    """Parameters, bytes, multiply-adds, and median CPU microseconds at several numbers of rows."""
+    """Parameters, bytes, multiply-adds, and median CPU microseconds at several numbers of rows.
+
+    Of the graph that is served: `ItemParts.model` of a bundle that has it, items' sums given.
+    """
     # Imported here: what is not a graph is timed without them.
     import onnx
 
     from model.export import make_session
 
-    session = make_session(bundle.model)
-    graph = onnx.load_model_from_string(bundle.model).graph
+    model, blocks = served_form(bundle)
+    session = make_session(model)
+    graph = onnx.load_model_from_string(model).graph
     floats = [t for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
-    per_request, per_candidate = multiply_adds(bundle.model, bundle.golden.blocks)
+    per_request, per_candidate = multiply_adds(model, blocks)
     files = bundle.manifest.files
     cost: dict[str, float] = {
         "parameters": sum(int(np.prod(tensor.dims)) for tensor in floats),
-        "bytes of the model": files[MODEL].bytes,
+        "bytes of the model": files[MODEL if bundle.parts is None else MODEL_BY_ITEM].bytes,
         "bytes of the bundle": sum(entry.bytes for entry in files.values()),
         "multiply-adds per request": per_request,
         "multiply-adds per candidate": per_candidate,
     }
+    if bundle.parts is not None:
+        item_sum = blocks.candidate.item_sum
+        assert item_sum is not None
+        cost["multiply-adds per item, once"] = multiply_adds(bundle.parts.item_side, blocks)[1]
+        cost["bytes of memory per item"] = item_sum[0].nbytes
     for rows in ROWS:
-        feeds = one_request(bundle.golden.blocks, rows).feeds()
+        feeds = one_request(blocks, rows).feeds()
         median = cpu_microseconds(partial(session.run, None, feeds))
         cost[f"CPU us per run of {rows} candidates"] = round(median, 1)
         cost[f"CPU us per candidate of {rows}"] = round(median / rows, 2)
@@ -51,19 +63,54 @@ def cost_against_plain(bundle: Bundle, plain: bytes) -> dict[str, float]:
     """
     from model.export import make_session
 
-    served, other = make_session(bundle.model), make_session(plain)
+    model, golden = served_form(bundle)
+    served, other = make_session(model), make_session(plain)
     cost: dict[str, float] = {}
     for rows in ROWS:
-        blocks = one_request(bundle.golden.blocks, rows)
+        given = one_request(bundle.golden.blocks, rows)
         ours, theirs = interleaved_microseconds(
             [
-                partial(served.run, None, blocks.feeds()),
-                partial(other.run, None, gathered(blocks).feeds()),
+                partial(served.run, None, one_request(golden, rows).feeds()),
+                partial(other.run, None, gathered(given).feeds()),
             ]
         )
         cost[f"CPU us per plain run of {rows} candidates"] = round(theirs, 1)
         cost[f"served : plain at {rows}"] = round(ours / theirs, 3)
     return cost
+
+
+def served_form(bundle: Bundle) -> tuple[bytes, Blocks]:
+    """The model that a service runs, and the golden blocks as it is given them."""
+    from model.export import make_session, with_item_sum
+
+    blocks = bundle.golden.blocks
+    if bundle.parts is None:
+        return bundle.model, blocks
+    return bundle.parts.model, with_item_sum(blocks, make_session(bundle.parts.item_side))
+
+
+def are_parts_faster(model: bytes, parts: ItemParts, blocks: Blocks) -> bool:
+    """Whether 100 and 400 candidates take less time by `WORTHWHILE_SHARE`, items' sums given.
+
+    Args:
+        model: the whole.
+        parts: of the same network.
+        blocks: from which rows are taken.
+    """
+    from model.export import make_session, with_item_sum
+
+    whole, by_item = make_session(model), make_session(parts.model)
+    summed = with_item_sum(blocks, make_session(parts.item_side))
+    for rows in ROWS[-2:]:
+        ours, theirs = interleaved_microseconds(
+            [
+                partial(by_item.run, None, one_request(summed, rows).feeds()),
+                partial(whole.run, None, one_request(blocks, rows).feeds()),
+            ]
+        )
+        if ours > WORTHWHILE_SHARE * theirs:
+            return False
+    return True
 
 
 def multiply_adds(model: bytes, blocks: Blocks) -> tuple[int, int]:
@@ -125,9 +172,7 @@ def _some_rows(blocks: Blocks, num_requests: int, num_candidates: int) -> Blocks
             dense=blocks.request.dense[:num_requests],
             history=blocks.request.history[:num_requests],
         ),
-        candidate=CandidateBlock(
-            ids=blocks.candidate.ids[take], dense=blocks.candidate.dense[take]
-        ),
+        candidate=blocks.candidate.take(take),
         request_of=np.arange(num_candidates, dtype=np.int64) % num_requests,
     )
 
@@ -138,6 +183,7 @@ def _multiply_adds_of_a_run(model: bytes, feeds: Feeds) -> int:
     import onnxruntime as ort
 
     proto = onnx.load_model_from_string(model)
+    feeds = {entry.name: feeds[entry.name] for entry in proto.graph.input}
     products = [node for node in proto.graph.node if node.op_type in PRODUCTS]
     shapes: dict[str, tuple[int, ...]] = {t.name: tuple(t.dims) for t in proto.graph.initializer}
     shapes |= {name: array.shape for name, array in feeds.items()}

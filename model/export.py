@@ -6,7 +6,8 @@ import logging
 import platform
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,14 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from model.calibrate import Calibrator, CalibratorLayer
-from model.contract.blocks import Blocks, CandidateBlock, RequestBlock
+from model.contract.blocks import Blocks, CandidateBlock, ItemColumns, RequestBlock
 from model.contract.bundle import (
     HISTOGRAMS,
+    ITEM_SIDE,
     MODEL,
+    MODEL_BY_ITEM,
     PARITY_ABSOLUTE,
     PARITY_RELATIVE,
     SCHEMA,
     Golden,
+    ItemParts,
     golden_files,
     parity_excess,
     write_bundle,
@@ -36,10 +40,12 @@ from model.contract.encode import Encoder
 from model.contract.errors import ParityError
 from model.contract.log_spec import num_unserved
 from model.contract.spec import FIRST_CODE, MISSING_CODE, UNKNOWN_CODE, Schema
+from model.cost import are_parts_faster
 from model.dataset import EncodedSplit
 from model.golden import golden_requests, synthetic_requests
 from model.nets.layers import Net, NetInput
 from model.serving_graph import ServingGraph, chain_outputs
+from model.serving_items import item_parts
 
 NUM_PARITY_ROWS = 100_000
 INPUT_NAMES = (
@@ -115,8 +121,12 @@ def export_bundle(
     training: Mapping[str, Any],
     metrics: Mapping[str, Any],
     last_time: float,
+    in_parts: bool | None = None,
 ) -> Path:
     """Writes a bundle under `out` and returns its directory, named by its digest.
+
+    If it can be, the network is written in two parts as well: where they are faster than the whole
+    (see `cost.are_parts_faster`) if `in_parts` is None, else as that says.
 
     Raises:
         ParityError: the graph, run by ONNX Runtime, does not score as torch does; nothing is
@@ -128,7 +138,10 @@ def export_bundle(
     blocks = raw.encode(encoder)
     serving = ServingGraph(net, calibrators, num_unserved=graph.num_unserved).eval()
     model = optimised(to_onnx(serving, blocks=blocks, outputs=names))
-    check_parity(graph, model, encoder=encoder, last_time=last_time)
+    parts = None if in_parts is False else parts_to_onnx(serving, blocks, encoder)
+    if parts is not None and not (in_parts or are_parts_faster(model, parts, blocks)):
+        parts = None
+    check_parity(graph, model, parts, encoder=encoder, last_time=last_time)
     golden = Golden(
         time=raw.time,
         request_columns=raw.request_columns,
@@ -147,19 +160,30 @@ def export_bundle(
             "outputs": list(names),
             "training": dict(training),
             "metrics": dict(metrics),
-            "calibration": {
-                step.name: json.loads(calibrator.model_dump_json())
-                for step, calibrator in zip(fitted.schema_.steps, calibrators, strict=True)
-            },
+            "calibration": _described(fitted.schema_, calibrators),
             "tool_versions": tool_versions(),
+            **({} if parts is None else {"item_features": list(parts.features)}),
         },
         files={
-            MODEL: model,
+            **_model_files(model, parts),
             SCHEMA: fitted.model_dump_json(by_alias=True).encode(),
             HISTOGRAMS: json.dumps(histograms(train, encoder)).encode(),
             **golden_files(golden),
         },
     )
+
+
+def _model_files(model: bytes, parts: ItemParts | None) -> dict[str, bytes]:
+    if parts is None:
+        return {MODEL: model}
+    return {MODEL: model, ITEM_SIDE: parts.item_side, MODEL_BY_ITEM: parts.model}
+
+
+def _described(schema: Schema, calibrators: Sequence[Calibrator]) -> dict[str, Any]:
+    return {
+        step.name: json.loads(calibrator.model_dump_json())
+        for step, calibrator in zip(schema.steps, calibrators, strict=True)
+    }
 
 
 def plain_onnx(
@@ -186,18 +210,30 @@ def optimised(model: bytes) -> bytes:
         return path.read_bytes()
 
 
-def to_onnx(graph: nn.Module, *, blocks: Blocks, outputs: Sequence[str]) -> bytes:
+def to_onnx(
+    graph: nn.Module,
+    *,
+    blocks: Blocks,
+    outputs: Sequence[str],
+    inputs: Sequence[str] = INPUT_NAMES,
+) -> bytes:
     """The graph as ONNX bytes; rows of requests and of candidates are free dimensions.
+
+    Args:
+        graph: its `forward` takes the inputs in their order.
+        blocks: an example.
+        outputs: names.
+        inputs: names; those of no width are no inputs of the result.
 
     Raises:
         ParityError: the exporter made an operator that would run row by row.
     """
     given = NetInput.of(blocks)
-    tensors = {name: getattr(given, name) for name in INPUT_NAMES}
+    tensors = {name: getattr(given, name) for name in inputs}
     requests, candidates = torch.export.Dim("requests"), torch.export.Dim("candidates")
     dynamic = {
         name: {0: requests if name.startswith("request_") and name != "request_of" else candidates}
-        for name in INPUT_NAMES
+        for name in inputs
     }
     # It logs that torchvision is not there, which nothing here uses.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -207,14 +243,14 @@ def to_onnx(graph: nn.Module, *, blocks: Blocks, outputs: Sequence[str]) -> byte
             graph,
             tuple(tensors.values()),
             dynamo=True,
-            input_names=list(INPUT_NAMES),
+            input_names=list(inputs),
             output_names=list(outputs),
             dynamic_shapes=tuple(dynamic.values()),
             verbose=False,
         )
     assert program is not None
     model = program.model_proto
-    unused = {name for name in INPUT_NAMES if name not in blocks.feeds()}
+    unused = {name for name in inputs if name not in blocks.feeds()}
     kept = [entry for entry in model.graph.input if entry.name not in unused]
     del model.graph.input[:]
     model.graph.input.extend(kept)
@@ -227,6 +263,34 @@ def to_onnx(graph: nn.Module, *, blocks: Blocks, outputs: Sequence[str]) -> byte
     buffer = io.BytesIO()
     onnx.save_model(model, buffer)
     return buffer.getvalue()
+
+
+def with_item_sum(blocks: Blocks, item_side: ort.InferenceSession) -> Blocks:
+    """The blocks with `CandidateBlock.item_sum`, by a session of `ItemParts.item_side`."""
+    feeds = blocks.feeds()
+    (item_sum,) = item_side.run(
+        None, {entry.name: feeds[entry.name] for entry in item_side.get_inputs()}
+    )
+    return replace(blocks, candidate=replace(blocks.candidate, item_sum=item_sum))
+
+
+def parts_to_onnx(serving: ServingGraph, blocks: Blocks, encoder: Encoder) -> ItemParts | None:
+    """The network in two parts, as `serving_items.item_parts` makes them; None if it does not."""
+    columns = ItemColumns.of(encoder.schema)
+    parts = item_parts(serving, columns)
+    if parts is None:
+        return None
+    item_side = to_onnx(parts[0], blocks=blocks, inputs=INPUT_NAMES[3:5], outputs=("item_sum",))
+    summed = with_item_sum(blocks, make_session(item_side))
+    model = to_onnx(
+        parts[1],
+        blocks=summed,
+        inputs=(*INPUT_NAMES, "item_sum"),
+        outputs=encoder.schema.output_names,
+    )
+    return ItemParts(
+        features=columns.features, item_side=optimised(item_side), model=optimised(model)
+    )
 
 
 def run_torch(graph: ScoringGraph, blocks: Blocks, names: Sequence[str]) -> Probabilities:
@@ -250,13 +314,23 @@ def session_options() -> ort.SessionOptions:
     return options
 
 
-def check_parity(graph: ScoringGraph, model: bytes, *, encoder: Encoder, last_time: float) -> None:
+def check_parity(
+    graph: ScoringGraph,
+    model: bytes,
+    parts: ItemParts | None = None,
+    *,
+    encoder: Encoder,
+    last_time: float,
+) -> None:
     """Compares torch with ONNX Runtime on golden rows, hostile ids and 100,000 random rows.
 
     Raises:
         ParityError: a probability differs by more than PARITY_ABSOLUTE or PARITY_RELATIVE.
     """
-    session = make_session(model)
+    names = encoder.schema.output_names
+    forms = {"the graph": _runner(model, names)}
+    if parts is not None:
+        forms["the graph in two parts"] = _runner(parts.model, names, item_side=parts.item_side)
     golden = golden_requests(encoder, last_time=last_time).encode(encoder)
     cases = {"golden rows": golden, "ids outside the tables": _with_hostile_ids(golden)}
     rng = np.random.default_rng(1)
@@ -266,26 +340,44 @@ def check_parity(graph: ScoringGraph, model: bytes, *, encoder: Encoder, last_ti
             encoder, sizes=[50] * (per_run // 50), last_time=last_time, rng=rng
         )
         cases[f"random rows {part}"] = requests.encode(encoder)
-    names = encoder.schema.output_names
     for case, blocks in cases.items():
         expected = run_torch(graph, blocks, names)
-        actual = dict(zip(names, session.run(list(names), blocks.feeds()), strict=True))
-        for name in names:
-            largest, relative, fits = parity_excess(expected[name], actual[name])
-            if not fits:
-                raise ParityError(
-                    f"{name} on {case}: the graph differs from the network by {largest:.2e} "
-                    f"absolute, {relative:.2e} relative; allowed are {PARITY_ABSOLUTE} and "
-                    f"{PARITY_RELATIVE}",
-                    max_abs_diff=largest,
-                    tolerance=PARITY_ABSOLUTE,
-                )
-    hostile = session.run(list(names), cases["ids outside the tables"].feeds())
-    unknown = session.run(list(names), _with_ids(golden, UNKNOWN_CODE).feeds())
-    if not all(np.array_equal(a, b) for a, b in zip(hostile, unknown, strict=True)):
-        raise ParityError(
-            "ids outside the tables do not score as unknown ids", max_abs_diff=0.0, tolerance=0.0
-        )
+        for form, run in forms.items():
+            _compare(expected, run(blocks), what=f"on {case}: {form}")
+    for form, run in forms.items():
+        hostile = run(cases["ids outside the tables"])
+        unknown = run(_with_ids(golden, UNKNOWN_CODE))
+        if not all(np.array_equal(hostile[name], unknown[name]) for name in names):
+            raise ParityError(
+                f"{form}: ids outside the tables do not score as unknown ids",
+                max_abs_diff=0.0,
+                tolerance=0.0,
+            )
+
+
+def _runner(
+    model: bytes, names: Sequence[str], *, item_side: bytes | None = None
+) -> Callable[[Blocks], Probabilities]:
+    session = make_session(model)
+    sums = None if item_side is None else make_session(item_side)
+
+    def run(blocks: Blocks) -> Probabilities:
+        given = blocks if sums is None else with_item_sum(blocks, sums)
+        return dict(zip(names, session.run(list(names), given.feeds()), strict=True))
+
+    return run
+
+
+def _compare(expected: Probabilities, actual: Probabilities, *, what: str) -> None:
+    for name, values in expected.items():
+        largest, relative, fits = parity_excess(values, actual[name])
+        if not fits:
+            raise ParityError(
+                f"{name} {what} differs from the network by {largest:.2e} absolute, "
+                f"{relative:.2e} relative; allowed are {PARITY_ABSOLUTE} and {PARITY_RELATIVE}",
+                max_abs_diff=largest,
+                tolerance=PARITY_ABSOLUTE,
+            )
 
 
 def histograms(split: EncodedSplit, encoder: Encoder) -> dict[str, Any]:

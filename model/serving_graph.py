@@ -137,14 +137,19 @@ class ServingGraph(nn.Module):
         request_of: Tensor,
     ) -> tuple[Tensor, ...]:
         """See `export.ScoringGraph`."""
-        inputs = NetInput(
-            request_ids=request_ids,
-            request_dense=request_dense,
-            request_history=request_history,
-            candidate_ids=candidate_ids,
-            candidate_dense=candidate_dense,
-            request_of=request_of,
+        return self.score(
+            NetInput(
+                request_ids=request_ids,
+                request_dense=request_dense,
+                request_history=request_history,
+                candidate_ids=candidate_ids,
+                candidate_dense=candidate_dense,
+                request_of=request_of,
+            )
         )
+
+    def score(self, inputs: NetInput) -> tuple[Tensor, ...]:
+        """See `chain_outputs`."""
         negated = self._negated(self.net(inputs).logits)
         # Not sigmoid: see `export.ScoringGraph`.
         probabilities = 1.0 / (1.0 + torch.exp(negated.clamp(-LOGIT_BOUND, LOGIT_BOUND)))

@@ -37,6 +37,11 @@ class Lookup(nn.Module):
         self.register_buffer("high", sizes)
         self.register_buffer("firsts", torch.cumsum(sizes + 2, 0) - sizes - 1)
 
+    def tables(self) -> list[Tensor]:
+        """Each field's rows, as they were given."""
+        sizes, firsts = self.get_buffer("high").tolist(), self.get_buffer("firsts").tolist()
+        return [self.table.detach()[a : a + n] for a, n in zip(firsts, sizes, strict=True)]
+
     def forward(self, ids: Tensor) -> Tensor:
         """[n, F] ids to [n, F, width]."""
         clipped = torch.minimum(torch.maximum(ids, self.get_buffer("low")), self.get_buffer("high"))

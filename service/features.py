@@ -19,7 +19,7 @@ from model.contract.record import HistoryEntries, Keys, MatchTable, RecentEntrie
 from model.contract.spec import Feature, History, Match, Recent, raw_columns
 from service.errors import InvalidRequest
 from service.item_index import Ids
-from service.items import ItemTable
+from service.items import CandidateRows, ItemTable
 
 Id = str | int | float
 
@@ -222,17 +222,29 @@ class FeatureSource:
         except EncodeError as exc:
             raise InvalidRequest(exc.reason, field=candidates.path("item_id", None)) from exc
         block, keys = rows.block, rows.keys
+        stale = self._stale_sums(rows)
         inline_matches: dict[str, GivenColumn] = {}
         for name, given in candidates.columns.items():
             if name in self._candidate_columns:
                 self._overwrite(block, keys, name, given, candidates)
+                if name in self._items.summed_features:
+                    stale = np.zeros(len(block), np.bool_) if stale is None else stale
+                    stale[_rows(given)] = True
             elif name in self._match_columns:
                 inline_matches[name] = given
             else:
                 ignored.add(name)
         if inline_matches or (record is not None and record.matches):
             self._write_matches(block, keys, record, inline_matches, candidates, time)
+        if stale is not None:
+            self._items.renew_sums(block, np.flatnonzero(stale))
         return block, rows.is_known
+
+    def _stale_sums(self, rows: CandidateRows) -> npt.NDArray[np.bool_] | None:
+        """Which candidates have sums of another item, bool [N]; None if all are right."""
+        if self._encoder.schema.log.item_id not in self._items.summed_features:
+            return None  # An item that is not known has the sums of one of which nothing is known.
+        return None if rows.is_known.all() else ~rows.is_known
 
     def _overwrite(
         self,

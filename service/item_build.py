@@ -1,6 +1,7 @@
 """The process that encodes an item snapshot for a service which goes on answering meanwhile.
 
-`python -m service.item_build BUNDLE SNAPSHOT TARGET LOG_LEVEL` writes TARGET for `map_item_file`.
+`python -m service.item_build BUNDLE SNAPSHOT TARGET SUMS LOG_LEVEL` writes TARGET for
+`map_item_file`, with the items' sums if SUMS is 1.
 It ends when its stdin does: the service holds the other end, and nobody else wants the table.
 """
 
@@ -15,13 +16,14 @@ from model.contract.bundle import read_bundle
 from model.contract.encode import Encoder
 from model.contract.errors import ContractError
 from service.item_snapshot import write_item_file
+from service.item_sums import ItemSums
 from service.observe import configure_logging
 
 EXIT_REFUSED, EXIT_FAILED = 3, 4
 _NICENESS = 10  # the requests come first
 
 
-def build(bundle: Path, snapshot: Path, target: Path, *, log_level: str) -> int:
+def build(bundle: Path, snapshot: Path, target: Path, *, has_sums: bool, log_level: str) -> int:
     """Returns the exit code: EXIT_REFUSED for wrong files, EXIT_FAILED if there is no room.
 
     Then stdout says what is wrong.
@@ -29,7 +31,9 @@ def build(bundle: Path, snapshot: Path, target: Path, *, log_level: str) -> int:
     os.nice(_NICENESS)
     configure_logging(log_level)
     try:
-        write_item_file(snapshot, Encoder(read_bundle(bundle).fitted), target)
+        read = read_bundle(bundle)
+        item_sums = ItemSums(read.parts) if has_sums and read.parts is not None else None
+        write_item_file(snapshot, Encoder(read.fitted), target, item_sums=item_sums)
     except ContractError as exc:
         click.echo(str(exc))
         return EXIT_REFUSED
@@ -46,5 +50,5 @@ def _end_with_stdin() -> None:
 
 if __name__ == "__main__":
     threading.Thread(target=_end_with_stdin, daemon=True).start()
-    _, *paths, level = sys.argv
-    sys.exit(build(*map(Path, paths), log_level=level))
+    _, *paths, sums, level = sys.argv
+    sys.exit(build(*map(Path, paths), has_sums=sums == "1", log_level=level))

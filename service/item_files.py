@@ -17,6 +17,7 @@ from model.contract.bundle import Manifest
 from model.contract.encode import Encoder
 from model.contract.errors import LogError
 from service.identity import file_identity
+from service.item_sums import ItemSums
 from service.items import ItemTable, map_item_file
 
 _POLL_S = 0.02
@@ -28,7 +29,13 @@ class ItemOpener(Protocol):
     """Makes the table of a snapshot for a bundle."""
 
     async def __call__(
-        self, snapshot: Path, *, bundle_path: Path, manifest: Manifest, encoder: Encoder
+        self,
+        snapshot: Path,
+        *,
+        bundle_path: Path,
+        manifest: Manifest,
+        encoder: Encoder,
+        item_sums: ItemSums | None = None,
     ) -> ItemTable:
         """Opens it.
 
@@ -37,6 +44,7 @@ class ItemOpener(Protocol):
             bundle_path: Whose features the rows are encoded for.
             manifest: The bundle's.
             encoder: The bundle's.
+            item_sums: The bundle's; None for a table without sums.
 
         Raises:
             LogError: The snapshot is missing or damaged, or does not fit the bundle.
@@ -45,13 +53,18 @@ class ItemOpener(Protocol):
 
 
 async def open_in_memory(
-    snapshot: Path, *, bundle_path: Path, manifest: Manifest, encoder: Encoder
+    snapshot: Path,
+    *,
+    bundle_path: Path,
+    manifest: Manifest,
+    encoder: Encoder,
+    item_sums: ItemSums | None = None,
 ) -> ItemTable:
     """An `ItemOpener` that builds the table in this process, for itself alone."""
     from service.item_snapshot import load_item_table
 
     del bundle_path, manifest
-    return await asyncio.to_thread(load_item_table, snapshot, encoder)
+    return await asyncio.to_thread(load_item_table, snapshot, encoder, item_sums=item_sums)
 
 
 class ItemFiles:
@@ -72,7 +85,13 @@ class ItemFiles:
         self._log_level = log_level
 
     async def __call__(
-        self, snapshot: Path, *, bundle_path: Path, manifest: Manifest, encoder: Encoder
+        self,
+        snapshot: Path,
+        *,
+        bundle_path: Path,
+        manifest: Manifest,
+        encoder: Encoder,
+        item_sums: ItemSums | None = None,
     ) -> ItemTable:
         """See `ItemOpener`.
 
@@ -80,12 +99,13 @@ class ItemFiles:
             LogError: See there.
             OSError: There is no room for the table, or its process cannot be started.
         """
-        key = await asyncio.to_thread(_key, snapshot, manifest)
+        has_sums = item_sums is not None
+        key = await asyncio.to_thread(_key, snapshot, manifest, has_sums)
         path = self._directory / f"{key}{_WHOLE}"
         async with self._locked():
             if not await asyncio.to_thread(self._exists, path, snapshot):
-                await self._build(snapshot, bundle_path, path)
-            return await asyncio.to_thread(map_item_file, path, encoder)
+                await self._build(snapshot, bundle_path, path, has_sums)
+            return await asyncio.to_thread(map_item_file, path, encoder, item_sums=item_sums)
 
     @contextlib.asynccontextmanager
     async def _locked(self) -> AsyncIterator[None]:
@@ -107,9 +127,9 @@ class ItemFiles:
             raise LogError(refusal.read_text(), path=snapshot)
         return path.exists()
 
-    async def _build(self, snapshot: Path, bundle_path: Path, path: Path) -> None:
+    async def _build(self, snapshot: Path, bundle_path: Path, path: Path, has_sums: bool) -> None:
         part = path.with_suffix(_PART)
-        code, text = await self._run(bundle_path, snapshot, part)
+        code, text = await self._run(bundle_path, snapshot, part, str(int(has_sums)))
         await asyncio.to_thread(self._put_away, path, code, text)
         if code in (_EXIT_REFUSED, _EXIT_FAILED):
             raise LogError(text, path=snapshot)
@@ -132,8 +152,9 @@ class ItemFiles:
         elif code == _EXIT_REFUSED:
             path.with_suffix(_REFUSED).write_text(text)
 
-    async def _run(self, *paths: Path) -> tuple[int, str]:
-        command = [sys.executable, "-m", "service.item_build", *map(str, paths), self._log_level]
+    async def _run(self, *arguments: Path | str) -> tuple[int, str]:
+        words = [*map(str, arguments), self._log_level]
+        command = [sys.executable, "-m", "service.item_build", *words]
         process = await asyncio.to_thread(
             subprocess.Popen, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -146,9 +167,9 @@ class ItemFiles:
         return process.returncode, text.strip()
 
 
-def _key(snapshot: Path, manifest: Manifest) -> str:
+def _key(snapshot: Path, manifest: Manifest, has_sums: bool) -> str:
     identity = file_identity(snapshot)
     if identity is None:
         raise LogError(f"item snapshot {snapshot}: there is no such file", path=snapshot)
-    text = repr((manifest.bundle_id, str(snapshot.resolve()), identity))
+    text = repr((manifest.bundle_id, str(snapshot.resolve()), identity, has_sums))
     return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -16,6 +16,7 @@ from model.contract.errors import EncodeError, LogError
 from model.contract.ids import canonical_id
 from model.contract.spec import Feature, Match, Numeric
 from service.item_index import DuplicateIdError, ItemIndex, Rows, build_index
+from service.item_sums import ItemSums
 from service.items import (
     ItemRows,
     ItemTable,
@@ -30,24 +31,29 @@ _log = logging.getLogger(__name__)
 _CHUNK_ROWS = 16_384
 
 
-def load_item_table(path: Path, encoder: Encoder) -> ItemTable:
+def load_item_table(
+    path: Path, encoder: Encoder, *, item_sums: ItemSums | None = None
+) -> ItemTable:
     """Reads an item snapshot and encodes it, into memory of this process.
 
     The snapshot has the schema's item id column and raw columns of item features. Other columns
-    are ignored, and absent features are at their defaults; both are logged once.
+    are ignored, and absent features are at their defaults; both are logged once. With `item_sums`
+    the table has the items' sums, too.
 
     Raises:
         LogError: The snapshot is missing or damaged, has no item id column, an item without id
             or twice, or a value that does not fit its feature.
     """
     snapshot = _open(path, encoder)
-    specs = row_specs(encoder, snapshot.index.num_items)
+    specs = row_specs(encoder, snapshot.index.num_items, item_sums=item_sums)
     rows = ItemRows(**{name: np.empty(*spec) for name, spec in specs.items()})
-    _fill(rows, snapshot, encoder)
-    return ItemTable(encoder, index=snapshot.index, rows=rows)
+    _fill(rows, snapshot, encoder, item_sums)
+    return ItemTable(encoder, index=snapshot.index, rows=rows, item_sums=item_sums)
 
 
-def write_item_file(snapshot_path: Path, encoder: Encoder, target: Path) -> None:
+def write_item_file(
+    snapshot_path: Path, encoder: Encoder, target: Path, *, item_sums: ItemSums | None = None
+) -> None:
     """Like `load_item_table`, into a file for `map_item_file`.
 
     Raises:
@@ -55,8 +61,8 @@ def write_item_file(snapshot_path: Path, encoder: Encoder, target: Path) -> None
         OSError: The file cannot be written; what there is of it is left to the caller.
     """
     snapshot = _open(snapshot_path, encoder)
-    rows = create_item_file(target, index=snapshot.index, encoder=encoder)
-    _fill(rows, snapshot, encoder)
+    rows = create_item_file(target, index=snapshot.index, encoder=encoder, item_sums=item_sums)
+    _fill(rows, snapshot, encoder, item_sums)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,18 +175,24 @@ def _row_error(path: Path, row: int, reason: str) -> LogError:
     return LogError(f"item snapshot {path}: row {row}: {reason}", path=path, row_number=row)
 
 
-def _fill(rows: ItemRows, snapshot: _Snapshot, encoder: Encoder) -> None:
+def _fill(
+    rows: ItemRows, snapshot: _Snapshot, encoder: Encoder, item_sums: ItemSums | None
+) -> None:
     write_default_row(encoder, rows)
-    if not snapshot.index.num_items:
-        return
     try:
-        _fill_ids(rows, snapshot, encoder)
-        _fill_numbers(rows, snapshot, encoder)
+        if snapshot.index.num_items:
+            _fill_ids(rows, snapshot, encoder)
+            _fill_numbers(rows, snapshot, encoder)
     except EncodeError as exc:
         raise LogError(
             f"item snapshot {snapshot.path}: column {exc.feature!r}: {exc.reason}",
             path=snapshot.path,
         ) from exc
+    if item_sums is not None and rows.sums is not None:
+        for start in range(0, len(rows.sums), _CHUNK_ROWS):
+            part = slice(start, start + _CHUNK_ROWS)
+            block = CandidateBlock(ids=rows.ids[part], dense=rows.dense[part])
+            rows.sums[part] = item_sums.of(block)
 
 
 def _fill_ids(rows: ItemRows, snapshot: _Snapshot, encoder: Encoder) -> None:

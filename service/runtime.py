@@ -1,4 +1,4 @@
-"""The model in ONNX Runtime, on threads of its own; the service's only door to that library.
+"""The model in ONNX Runtime, on threads of its own.
 
 Knows blocks and outputs, no features and no requests.
 """
@@ -7,22 +7,25 @@ import itertools
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 from model.contract.blocks import Blocks, CandidateBlock, RequestBlock
 from model.contract.bundle import (
     GOLDEN_ENCODED,
     MODEL,
+    MODEL_BY_ITEM,
     Bundle,
     check_golden_blocks,
     parity_excess,
 )
 from model.contract.encode import Encoder
-from model.contract.errors import BundleCorrupt, BundleRejected
+from model.contract.errors import BundleRejected
+from service.item_sums import ItemSums
+from service.onnx_session import ROW_MULTIPLE, first_line, open_session
 from service.run_cost import MAX_SWEEP_ROWS, RunCost, fit_cost, sweep, sweep_sizes
 from service.runners import RunnerThreads
 
@@ -30,10 +33,7 @@ _log = logging.getLogger(__name__)
 
 Outputs = Mapping[str, npt.NDArray[np.float32]]
 
-# ONNX Runtime computes functions such as the sigmoid for four rows at a time, and those left over
-# at the end in another way, with other last bits.
-_ROW_MULTIPLE = 4
-# It multiplies one row by a matrix in another way than several, likewise.
+# ONNX Runtime multiplies one row by a matrix in another way than several, with other last bits.
 _MIN_REQUESTS = 2
 _ROWS_PER_REQUEST = 100  # in the runs that are measured
 
@@ -41,28 +41,21 @@ _ROWS_PER_REQUEST = 100  # in the runs that are measured
 class Runtime:
     """One session and its threads. Immutable; `run` may be called from any thread."""
 
-    def __init__(self, model: bytes, *, num_runners: int, intra_op_threads: int) -> None:
+    def __init__(
+        self, model: bytes, *, num_runners: int, intra_op_threads: int, name: str = MODEL
+    ) -> None:
         """Builds the session; seconds for a large model.
 
         Args:
             model: An ONNX file's content.
             num_runners: Threads of `threads`: runs at the same time.
             intra_op_threads: Threads inside one run.
+            name: The file's, for errors.
 
         Raises:
             BundleCorrupt: ONNX Runtime cannot load the model.
         """
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = intra_op_threads
-        options.inter_op_num_threads = 1
-        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        # Spinning threads win microseconds on an idle machine and lose milliseconds on a busy one.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
-        try:
-            self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except Exception as exc:  # the library's errors share no base class but this one
-            raise BundleCorrupt(f"{MODEL}: {_first_line(exc)}", where=MODEL) from exc
+        self._session = open_session(model, name=name, intra_op_threads=intra_op_threads)
         self._input_names = tuple(entry.name for entry in self._session.get_inputs())
         self._output_names = tuple(entry.name for entry in self._session.get_outputs())
         self._threads = RunnerThreads(num_runners, name="onnx")
@@ -100,10 +93,10 @@ class Runtime:
 
         A candidate's scores are the same bits whatever is run with it.
         """
-        if len(requests) == 1 and len(requests[0]) % _ROW_MULTIPLE == 0:
+        if len(requests) == 1 and len(requests[0]) % ROW_MULTIPLE == 0:
             blocks = requests[0]
         else:
-            blocks = combine(requests, row_multiple=_ROW_MULTIPLE)
+            blocks = combine(requests, row_multiple=ROW_MULTIPLE)
         if len(blocks.request) < _MIN_REQUESTS:
             blocks = _with_request_rows(blocks, _MIN_REQUESTS)
         return split(self.run(blocks), requests)
@@ -120,6 +113,7 @@ def load_runtime(
     num_runners: int,
     intra_op_threads: int,
     max_batch_rows: int | None,
+    item_sums: ItemSums | None = None,
 ) -> tuple[Runtime, RunCost]:
     """Builds the runtime of a bundle, tests it on the golden rows, and measures its runs.
 
@@ -129,6 +123,8 @@ def load_runtime(
         num_runners: See `Runtime`.
         intra_op_threads: See `Runtime`.
         max_batch_rows: Most rows of one run; None takes the cheapest number.
+        item_sums: By the bundle's `parts`, for a runtime whose candidates have their sums; None
+            loads the whole model, which reads none.
 
     Returns:
         The runtime, warm, and what its runs cost.
@@ -138,11 +134,17 @@ def load_runtime(
         BundleRejected: Inputs, outputs or golden answers are not what the trainer wrote.
     """
     check_golden_blocks(bundle, encoder)
-    runtime = Runtime(bundle.model, num_runners=num_runners, intra_op_threads=intra_op_threads)
+    model, name, golden = bundle.model, MODEL, bundle.golden.blocks
+    if item_sums is not None:
+        assert bundle.parts is not None  # `item_sums` were made from them.
+        model, name = bundle.parts.model, MODEL_BY_ITEM
+        summed = replace(golden.candidate, item_sum=item_sums.of(golden.candidate))
+        golden = replace(golden, candidate=summed)
+    runtime = Runtime(model, name=name, num_runners=num_runners, intra_op_threads=intra_op_threads)
     try:
-        _check_names(bundle, runtime)
-        _check_golden_answers(bundle, runtime)
-        cost = _measure(bundle, runtime, intra_op_threads, max_batch_rows)
+        _check_names(bundle, runtime, golden, name)
+        _check_golden_answers(bundle, runtime, golden, name)
+        cost = _measure(golden, runtime, intra_op_threads, max_batch_rows)
     except BaseException:
         runtime.close()
         raise
@@ -167,14 +169,7 @@ def combine(requests: Sequence[Blocks], *, row_multiple: int = 1) -> Blocks:
             dense=np.concatenate([blocks.request.dense for blocks in requests]),
             history=np.concatenate([blocks.request.history for blocks in requests]),
         ),
-        candidate=CandidateBlock(
-            ids=np.concatenate(
-                [*(blocks.candidate.ids for blocks in requests), first.candidate.ids[filler]]
-            ),
-            dense=np.concatenate(
-                [*(blocks.candidate.dense for blocks in requests), first.candidate.dense[filler]]
-            ),
-        ),
+        candidate=_joined([*(b.candidate for b in requests), first.candidate.take(filler)]),
         request_of=np.concatenate(
             [
                 *(
@@ -184,6 +179,16 @@ def combine(requests: Sequence[Blocks], *, row_multiple: int = 1) -> Blocks:
                 first.request_of[filler],
             ]
         ),
+    )
+
+
+def _joined(parts: Sequence[CandidateBlock]) -> CandidateBlock:
+    # All of them are of one state's making: either each has sums or none.
+    sums = [part.item_sum for part in parts if part.item_sum is not None]
+    return CandidateBlock(
+        ids=np.concatenate([part.ids for part in parts]),
+        dense=np.concatenate([part.dense for part in parts]),
+        item_sum=np.concatenate(sums) if sums else None,
     )
 
 
@@ -217,9 +222,7 @@ def cut(blocks: Blocks, num_parts: int) -> list[Blocks]:
     return [
         Blocks(
             request=blocks.request,
-            candidate=CandidateBlock(
-                ids=blocks.candidate.ids[start:end], dense=blocks.candidate.dense[start:end]
-            ),
+            candidate=blocks.candidate.take(slice(start, end)),
             request_of=blocks.request_of[start:end],
         )
         for start, end in itertools.pairwise(edges)
@@ -232,13 +235,13 @@ def join(parts: list[Outputs]) -> Outputs:
 
 
 def _measure(
-    bundle: Bundle, runtime: Runtime, intra_op_threads: int, max_batch_rows: int | None
+    golden: Blocks, runtime: Runtime, intra_op_threads: int, max_batch_rows: int | None
 ) -> RunCost:
     def run(rows: int) -> None:
         runtime.run(blocks[rows])
 
     top = max(MAX_SWEEP_ROWS, max_batch_rows or 0)
-    blocks = {rows: _repeat(bundle.golden.blocks, rows) for rows in sweep_sizes(top)}
+    blocks = {rows: _repeat(golden, rows) for rows in sweep_sizes(top)}
     # The time of a run with threads of its own is not all in the thread that waits for it.
     clock = time.thread_time if intra_op_threads == 1 else time.perf_counter
     cost = fit_cost(sweep(run, max_rows=top, clock=clock), max_rows=max_batch_rows)
@@ -251,13 +254,14 @@ def _measure(
     return cost
 
 
-def _check_names(bundle: Bundle, runtime: Runtime) -> None:
-    expected_inputs, expected_outputs = bundle.manifest.inputs, bundle.manifest.outputs
-    feeds = bundle.golden.blocks.feeds()
-    if not len(bundle.golden.blocks):
+def _check_names(bundle: Bundle, runtime: Runtime, golden: Blocks, name: str) -> None:
+    feeds = golden.feeds()
+    expected_inputs = set(bundle.manifest.inputs) | ({"item_sum"} & feeds.keys())
+    expected_outputs = bundle.manifest.outputs
+    if not len(golden):
         raise BundleRejected(f"{bundle.path}: there are no golden rows", where=GOLDEN_ENCODED)
     for what, actual, expected in (
-        ("inputs", set(runtime.input_names), set(expected_inputs)),
+        ("inputs", set(runtime.input_names), expected_inputs),
         ("outputs", set(runtime.output_names), set(expected_outputs)),
         ("outputs", set(bundle.golden.expected), set(expected_outputs)),
         ("inputs", set(runtime.input_names) - set(feeds), set[str]()),
@@ -266,16 +270,16 @@ def _check_names(bundle: Bundle, runtime: Runtime) -> None:
             raise BundleRejected(
                 f"{bundle.path}: the graph's {what} are {', '.join(sorted(actual))}, "
                 f"expected {', '.join(sorted(expected))}",
-                where=MODEL,
+                where=name,
             )
 
 
-def _check_golden_answers(bundle: Bundle, runtime: Runtime) -> None:
+def _check_golden_answers(bundle: Bundle, runtime: Runtime, golden: Blocks, file: str) -> None:
     try:
-        outputs = runtime.run(bundle.golden.blocks)
+        outputs = runtime.run(golden)
     except Exception as exc:  # the library's errors share no base class but this one
         raise BundleRejected(
-            f"{bundle.path}: the model cannot run: {_first_line(exc)}", where=MODEL
+            f"{bundle.path}: the model cannot run: {first_line(exc)}", where=file
         ) from exc
     for name, expected in bundle.golden.expected.items():
         actual: npt.NDArray[Any] = outputs[name]
@@ -283,14 +287,14 @@ def _check_golden_answers(bundle: Bundle, runtime: Runtime) -> None:
             raise BundleRejected(
                 f"{bundle.path}: output {name} is {actual.dtype} {list(actual.shape)}, "
                 f"expected float32 {list(expected.shape)}",
-                where=MODEL,
+                where=file,
             )
         absolute, relative, fits = parity_excess(expected, actual)
         if not fits:
             raise BundleRejected(
                 f"{bundle.path}: golden rows score another {name} here "
                 f"(largest difference {absolute:.2g}, relative {relative:.2g})",
-                where=MODEL,
+                where=file,
             )
         _log.info("golden rows: %s differs by %.2g at most", name, absolute)
 
@@ -304,12 +308,6 @@ def _repeat(blocks: Blocks, num_rows: int) -> Blocks:
             dense=blocks.request.dense[:num_requests],
             history=blocks.request.history[:num_requests],
         ),
-        candidate=CandidateBlock(
-            ids=blocks.candidate.ids[rows], dense=blocks.candidate.dense[rows]
-        ),
+        candidate=blocks.candidate.take(rows),
         request_of=np.arange(num_rows) // _ROWS_PER_REQUEST % num_requests,
     )
-
-
-def _first_line(exc: Exception) -> str:
-    return str(exc).partition("\n")[0][:200]

@@ -142,6 +142,11 @@ class Settings(BaseSettings):
     item_snapshot: Path | None = Field(
         None, description="File with the items that requests may name by id alone"
     )
+    item_sums: bool = Field(
+        True,
+        description="Keep what the model's first layer makes of each item, and only add it in "
+        "every run (`ctr inspect` tells the bytes per item); if not, every run makes it anew",
+    )
     reload_poll_s: float = Field(
         5.0,
         ge=0,

@@ -14,6 +14,7 @@ from service.batcher import MicroBatcher
 from service.cpu_limits import read_cpu_limits
 from service.features import FeatureSource
 from service.item_files import ItemOpener
+from service.item_sums import ItemSums
 from service.items import ItemTable, empty_item_table
 from service.run_cost import RunCost
 from service.runtime import Outputs, Runtime, cut, join, load_runtime
@@ -35,6 +36,7 @@ class ServingState:
         cost: Of the runtime's runs, measured here.
         items: Encoded by `encoder`.
         features: Puts a request's features together from `encoder` and `items`.
+        item_sums: Of the bundle, if `runtime` adds the items' sums; None if it reads no sums.
     """
 
     manifest: Manifest
@@ -43,6 +45,7 @@ class ServingState:
     cost: RunCost
     items: ItemTable
     features: FeatureSource
+    item_sums: ItemSums | None = None
 
     def make_batcher(
         self, *, batch: BatchSettings, observer: BatchObserver
@@ -71,7 +74,11 @@ def _inline_s(inline_us: int | None) -> float:
 
 
 def load_serving_state(
-    bundle_path: Path, item_snapshot: Path | None, *, batch: BatchSettings
+    bundle_path: Path,
+    item_snapshot: Path | None,
+    *,
+    batch: BatchSettings,
+    with_item_sums: bool = True,
 ) -> ServingState:
     """Reads, verifies and tests a bundle, and encodes the items by it. Blocks for seconds.
 
@@ -79,6 +86,8 @@ def load_serving_state(
         bundle_path: The bundle's directory.
         item_snapshot: Parquet file of items; None leaves every item unknown.
         batch: Threads and rows of the model runs.
+        with_item_sums: Keep what the model's first layer makes of each item, if the bundle has
+            the parts for it and there are items.
 
     Raises:
         BundleError: The bundle is missing, damaged, of another version, or answers otherwise here
@@ -89,8 +98,11 @@ def load_serving_state(
     from service.item_snapshot import load_item_table
 
     bundle, encoder = _read(bundle_path)
-    items = _no_items(encoder) if item_snapshot is None else load_item_table(item_snapshot, encoder)
-    return _complete(bundle, encoder, items, batch)
+    if item_snapshot is None:
+        return _complete(bundle, encoder, _no_items(encoder), batch, None)
+    item_sums = _item_sums(bundle, with_item_sums)
+    items = load_item_table(item_snapshot, encoder, item_sums=item_sums)
+    return _complete(bundle, encoder, items, batch, item_sums)
 
 
 async def open_serving_state(
@@ -99,6 +111,7 @@ async def open_serving_state(
     *,
     batch: BatchSettings,
     open_items: ItemOpener,
+    with_item_sums: bool = True,
 ) -> ServingState:
     """Like `load_serving_state`, beside an event loop that goes on.
 
@@ -107,13 +120,17 @@ async def open_serving_state(
         item_snapshot: See there.
         batch: See there.
         open_items: Makes the item table.
+        with_item_sums: See there.
 
     Raises:
         BundleError, LogError: See there.
     """
     bundle, encoder = await asyncio.to_thread(_read, bundle_path)
-    items = await _open(item_snapshot, open_items, bundle_path, bundle.manifest, encoder)
-    return await asyncio.to_thread(_complete, bundle, encoder, items, batch)
+    item_sums = None
+    if item_snapshot is not None:
+        item_sums = await asyncio.to_thread(_item_sums, bundle, with_item_sums)
+    items = await _open(item_snapshot, open_items, bundle_path, bundle.manifest, encoder, item_sums)
+    return await asyncio.to_thread(_complete, bundle, encoder, items, batch, item_sums)
 
 
 async def with_items(
@@ -130,8 +147,10 @@ async def with_items(
     Raises:
         LogError: The item snapshot is missing or damaged.
     """
-    items = await _open(item_snapshot, open_items, bundle_path, state.manifest, state.encoder)
-    _log.info("bundle %s: %d items encoded", state.manifest.bundle_id, len(items))
+    items = await _open(
+        item_snapshot, open_items, bundle_path, state.manifest, state.encoder, state.item_sums
+    )
+    _log_items(state.manifest, items)
     return replace(state, items=items, features=FeatureSource(state.encoder, items))
 
 
@@ -141,11 +160,16 @@ async def _open(
     bundle_path: Path,
     manifest: Manifest,
     encoder: Encoder,
+    item_sums: ItemSums | None,
 ) -> ItemTable:
     if item_snapshot is None:
         return _no_items(encoder)
     return await open_items(
-        item_snapshot, bundle_path=bundle_path, manifest=manifest, encoder=encoder
+        item_snapshot,
+        bundle_path=bundle_path,
+        manifest=manifest,
+        encoder=encoder,
+        item_sums=item_sums,
     )
 
 
@@ -154,13 +178,31 @@ def _read(bundle_path: Path) -> tuple[Bundle, Encoder]:
     return bundle, Encoder(bundle.fitted)
 
 
+def _item_sums(bundle: Bundle, is_wanted: bool) -> ItemSums | None:
+    return ItemSums(bundle.parts) if is_wanted and bundle.parts is not None else None
+
+
+def _log_items(manifest: Manifest, items: ItemTable) -> None:
+    _log.info(
+        "bundle %s: %d items encoded in %.1f MB, %.1f MB of them sums of the model's first layer",
+        manifest.bundle_id,
+        len(items),
+        items.num_bytes / 1e6,
+        items.num_sum_bytes / 1e6,
+    )
+
+
 def _no_items(encoder: Encoder) -> ItemTable:
     _log.warning("no item snapshot: items are known by what each request says of them")
     return empty_item_table(encoder)
 
 
 def _complete(
-    bundle: Bundle, encoder: Encoder, items: ItemTable, batch: BatchSettings
+    bundle: Bundle,
+    encoder: Encoder,
+    items: ItemTable,
+    batch: BatchSettings,
+    item_sums: ItemSums | None,
 ) -> ServingState:
     runtime, cost = load_runtime(
         bundle,
@@ -168,8 +210,9 @@ def _complete(
         num_runners=batch.num_runners,
         intra_op_threads=batch.intra_op_threads,
         max_batch_rows=batch.max_batch_rows,
+        item_sums=item_sums,
     )
-    _log.info("bundle %s: %d items encoded", bundle.manifest.bundle_id, len(items))
+    _log_items(bundle.manifest, items)
     return ServingState(
         manifest=bundle.manifest,
         encoder=encoder,
@@ -177,4 +220,5 @@ def _complete(
         cost=cost,
         items=items,
         features=FeatureSource(encoder, items),
+        item_sums=item_sums,
     )

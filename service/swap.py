@@ -106,6 +106,7 @@ class Swapper:
             self._settings.item_snapshot,
             batch=self._settings.batch,
             open_items=self._open_items,
+            with_item_sums=self._settings.item_sums,
         )
         batcher = state.make_batcher(batch=self._settings.batch, observer=self._status.metrics)
         return _Serving(sources=sources, state=state, batcher=batcher)

@@ -211,7 +211,12 @@ async def _score(
     from service.wire import encode_answer, parse_body
 
     body = parse_body(data, limits=settings.limits)
-    state = load_serving_state(bundle, settings.item_snapshot, batch=settings.batch)
+    state = load_serving_state(
+        bundle,
+        settings.item_snapshot,
+        batch=settings.batch,
+        with_item_sums=settings.item_sums,
+    )
     metrics, store = Metrics(), MemoryStore()
     batcher = state.make_batcher(batch=settings.batch, observer=metrics)
     try:

@@ -314,11 +314,17 @@ def golden(encoder: Encoder, model: bytes) -> Golden:
     )
 
 
-def write(parent: Path, *, model: bytes | None = None, seed: int = 3) -> Path:
+def write(
+    parent: Path,
+    *,
+    model: bytes | None = None,
+    seed: int = 3,
+    true_model: bytes | None = None,
+) -> Path:
     """Writes the bundle and returns its directory; `model` replaces the one it is true for."""
     fitted = fitted_schema()
     encoder = Encoder(fitted)
-    true_model = graph(encoder, seed=seed)
+    true_model = graph(encoder, seed=seed) if true_model is None else true_model
     feeds = golden(encoder, true_model).blocks.feeds()
     return write_bundle(
         parent,

@@ -264,7 +264,10 @@ def _request(url: str, path: str, entry: Format, blocks: Blocks) -> bytes:
 
 def _encoded(options: CompareOptions) -> list[Blocks]:
     stand = options.stand
-    state = load_serving_state(stand.bundle, stand.items, batch=BatchSettings())
+    # Peers run the whole graph: they keep nothing of an item.
+    state = load_serving_state(
+        stand.bundle, stand.items, batch=BatchSettings(), with_item_sums=False
+    )
     try:
         return encode_bodies(state, next(iter(options.bodies.values())), stand.records)
     finally:

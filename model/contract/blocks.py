@@ -38,13 +38,28 @@ class RequestBlock:
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateBlock:
-    """Encoded candidates: ids int64 [N, F], dense float32 [N, D]."""
+    """Encoded candidates: ids int64 [N, F], dense float32 [N, D].
+
+    Attributes:
+        item_sum: float32 [N, H], what the first layer makes of the columns in `ItemColumns`, for a
+            model that adds it; None for one that reads all columns.
+    """
 
     ids: Ids
     dense: Dense
+    item_sum: Dense | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def take(self, rows: Ids | slice) -> "CandidateBlock":
+        """Some of the candidates; a slice copies nothing."""
+        item_sum = self.item_sum
+        return CandidateBlock(
+            ids=self.ids[rows],
+            dense=self.dense[rows],
+            item_sum=None if item_sum is None else item_sum[rows],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +84,8 @@ class Blocks:
         }
         feeds = {name: array for name, array in arrays.items() if array.shape[1]}
         feeds["request_of"] = self.request_of
+        if self.candidate.item_sum is not None:
+            feeds["item_sum"] = self.candidate.item_sum
         return feeds
 
 
@@ -107,6 +124,46 @@ class BlockLayout:
     def history_width(self) -> int:
         """Columns of the history part: the sum of the histories' lengths."""
         return sum(history.max_length for history in self.histories)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemColumns:
+    """Columns of the candidate block that the item table fills, whatever the request.
+
+    Attributes:
+        features: whose columns they are.
+        ids: positions among the id columns.
+        dense: positions among the dense columns.
+    """
+
+    features: tuple[str, ...]
+    ids: tuple[int, ...]
+    dense: tuple[int, ...]
+
+    @classmethod
+    def of(cls, schema: Schema) -> "ItemColumns":
+        """Those of a schema: what the snapshot holds, the item's id, and what is fixed."""
+        _, layout = layouts(schema)
+        names = {
+            f.name
+            for f in schema.features
+            if isinstance(f, Categorical | Hashed | Numeric) and _is_of_item(f, schema)
+        }
+        ids = tuple(j for j, name in enumerate(layout.ids) if name in names)
+        numerics = [name for name in layout.numerics if name in names]
+        wanted = {*numerics, *(f"{name}_missing" for name in numerics)}
+        return cls(
+            features=(*(layout.ids[j] for j in ids), *numerics),
+            ids=ids,
+            dense=tuple(j for j, name in enumerate(layout.dense_columns) if name in wanted),
+        )
+
+
+def _is_of_item(feature: Feature, schema: Schema) -> bool:
+    if feature.is_request_side:
+        return False
+    is_of_table = feature.source == "items" or feature.name == schema.log.item_id
+    return feature.source == "log_only" or (feature.scope == "item" and is_of_table)
 
 
 def _numeric_columns(feature: Feature) -> tuple[str, ...]:

@@ -2,8 +2,9 @@
 
 Files: manifest.json (versions, digests, names, training configuration, metrics), schema.json
 (schema and fitted vocabularies), model.onnx, golden.json and golden.npz (raw requests, their
-blocks, their probabilities) and histograms.json (of the encoded training features). Written whole
-or not at all.
+blocks, their probabilities) and histograms.json (of the encoded training features). Beside
+model.onnx there may be the same network in two parts: item_side.onnx, what its first layer makes of
+an item, and model_by_item.onnx, which adds that. Written whole or not at all.
 """
 
 import hashlib
@@ -39,6 +40,7 @@ PARITY_ABSOLUTE = 1e-5
 PARITY_RELATIVE = 1e-3  # beside the absolute bound: a median pCTCVR of 5e-5 needs it
 
 MANIFEST, SCHEMA, MODEL = "manifest.json", "schema.json", "model.onnx"
+ITEM_SIDE, MODEL_BY_ITEM = "item_side.onnx", "model_by_item.onnx"
 GOLDEN_RAW, GOLDEN_ENCODED, HISTOGRAMS = "golden.json", "golden.npz", "histograms.json"
 
 
@@ -60,6 +62,7 @@ class Manifest(BaseModel):
         training: resolved configuration, data time range (RFC 3339), row counts.
         metrics: by split, as written by the evaluation.
         calibration: method and parameters per step.
+        item_features: those that item_side.onnx reads; none in a bundle without the two parts.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,6 +82,7 @@ class Manifest(BaseModel):
     metrics: dict[str, Any]
     calibration: dict[str, Any]
     tool_versions: dict[str, str]
+    item_features: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +115,23 @@ class Golden:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ItemParts:
+    """The network in two parts, of which the first need not know the request.
+
+    Attributes:
+        features: candidate features that only `item_side` reads.
+        item_side: ONNX, candidate_ids and candidate_dense to item_sum, float32 [N, H].
+        model: ONNX, the inputs of model.onnx and item_sum to its outputs.
+    """
+
+    features: tuple[str, ...]
+    item_side: bytes
+    model: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """A bundle read from disk, every digest verified."""
+    """A bundle read from disk, every digest verified; `parts` is None if it has none."""
 
     path: Path
     manifest: Manifest
@@ -120,6 +139,7 @@ class Bundle:
     model: bytes
     golden: Golden
     histograms: dict[str, Any]  # Any: JSON
+    parts: ItemParts | None = None
 
 
 def write_bundle(parent: Path, *, manifest: Mapping[str, Any], files: Mapping[str, bytes]) -> Path:
@@ -151,7 +171,9 @@ def write_bundle(parent: Path, *, manifest: Mapping[str, Any], files: Mapping[st
     temporary = parent / f".{bundle_id}.{secrets.token_hex(4)}"
     temporary.mkdir()
     try:
-        content = {**files, MANIFEST: (whole.model_dump_json(indent=1) + "\n").encode()}
+        # What is not set is left out: services of before know nothing of it.
+        text = whole.model_dump_json(indent=1, exclude_unset=True)
+        content = {**files, MANIFEST: (text + "\n").encode()}
         for name, data in content.items():
             _write_synced(temporary / name, data)
         _sync_directory(temporary)
@@ -191,6 +213,7 @@ def read_bundle(path: Path) -> Bundle:
         model=files[MODEL],
         golden=golden,
         histograms=histograms,
+        parts=_item_parts(path, manifest, files),
     )
 
 
@@ -259,6 +282,21 @@ def golden_files(golden: Golden) -> dict[str, bytes]:
         GOLDEN_RAW: json.dumps(raw, allow_nan=False).encode(),
         GOLDEN_ENCODED: buffer.getvalue(),
     }
+
+
+def _item_parts(path: Path, manifest: Manifest, files: Mapping[str, bytes]) -> ItemParts | None:
+    present = [name for name in (ITEM_SIDE, MODEL_BY_ITEM) if name in files]
+    if not present and not manifest.item_features:
+        return None
+    if len(present) != 2 or not manifest.item_features:
+        raise BundleCorrupt(
+            f"{path}: the manifest must list {ITEM_SIDE}, {MODEL_BY_ITEM} and item_features "
+            "together",
+            where=MANIFEST,
+        )
+    return ItemParts(
+        features=manifest.item_features, item_side=files[ITEM_SIDE], model=files[MODEL_BY_ITEM]
+    )
 
 
 def _read_golden(raw_bytes: bytes, encoded_bytes: bytes) -> Golden:

@@ -61,7 +61,7 @@ class NetSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class NetInput:
-    """Blocks as tensors; see `contract.blocks` for their shapes."""
+    """Blocks as tensors; see `contract.blocks` for their shapes. Networks read no `item_sum`."""
 
     request_ids: Tensor
     request_dense: Tensor
@@ -69,10 +69,12 @@ class NetInput:
     candidate_ids: Tensor
     candidate_dense: Tensor
     request_of: Tensor
+    item_sum: Tensor | None = None
 
     @classmethod
     def of(cls, blocks: Blocks) -> "NetInput":
         """Tensors that share the blocks' memory."""
+        item_sum = blocks.candidate.item_sum
         return cls(
             request_ids=torch.from_numpy(blocks.request.ids),
             request_dense=torch.from_numpy(blocks.request.dense),
@@ -80,6 +82,7 @@ class NetInput:
             candidate_ids=torch.from_numpy(blocks.candidate.ids),
             candidate_dense=torch.from_numpy(blocks.candidate.dense),
             request_of=torch.from_numpy(blocks.request_of),
+            item_sum=None if item_sum is None else torch.from_numpy(item_sum),
         )
 
 
