@@ -29,6 +29,10 @@ VERBS = {
         "Make user records and the item snapshot as of a time",
     ),
     "load-records": ("service.verbs:load_records", "Write user records to the online store"),
+    "bundle": (
+        "service.verbs_bundle:bundle",
+        "Publish bundles, list them, roll back, see what is served",
+    ),
     "serve": ("service.verbs:serve", "Answer POST /score from a bundle"),
     "score": ("service.verbs:score", "Score one request from a file, without a server"),
     "bench": ("loadtest.bench:bench", "CPU time of each part of a request, alone"),

@@ -61,6 +61,7 @@ class WorkerMetrics:
         self._directory = directory
         self._before: list[Family] = []
         self._server: asyncio.Server | None = None
+        self._turn = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
         """Goes on from what the worker before told, and begins to tell."""
@@ -91,8 +92,10 @@ class WorkerMetrics:
         return render_families(merged)
 
     async def _tell(self) -> bytes:
-        told = msgspec.msgpack.encode(add(self._before, self._metrics.families()))
-        await asyncio.to_thread(self._write_last, told)
+        # In turn: what is told later is also what the file holds later.
+        async with self._turn:
+            told = msgspec.msgpack.encode(add(self._before, self._metrics.families()))
+            await asyncio.to_thread(self._write_last, told)
         return told
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -164,24 +164,24 @@ def write_bundle(parent: Path, *, manifest: Mapping[str, Any], files: Mapping[st
     }
     bundle_id = _digest(fields)
     whole = Manifest.model_validate({**fields, "bundle_id": bundle_id})
-    target = parent / bundle_id
-    if target.exists():
-        return target
-    parent.mkdir(parents=True, exist_ok=True)
-    temporary = parent / f".{bundle_id}.{secrets.token_hex(4)}"
-    temporary.mkdir()
-    try:
-        # What is not set is left out: services of before know nothing of it.
-        text = whole.model_dump_json(indent=1, exclude_unset=True)
-        content = {**files, MANIFEST: (text + "\n").encode()}
-        for name, data in content.items():
-            _write_synced(temporary / name, data)
-        _sync_directory(temporary)
-        temporary.rename(target)
-        _sync_directory(parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    # What is not set is left out: services of before know nothing of it.
+    text = whole.model_dump_json(indent=1, exclude_unset=True)
+    return _write_whole(parent, bundle_id, {**files, MANIFEST: (text + "\n").encode()})
+
+
+def copy_bundle(path: Path, parent: Path) -> Path:
+    """Copies a bundle, every digest verified, under `parent` and returns its directory.
+
+    One of the same id that is there already is verified, and left as it is.
+
+    Raises:
+        BundleNotFound, BundleCorrupt, BundleIncompatible: See `read_bundle`.
+    """
+    manifest = read_bundle(path).manifest
+    names = [MANIFEST, *manifest.files]
+    content = {name: (path / name).read_bytes() for name in names}
+    target = _write_whole(parent, manifest.bundle_id, content)
+    read_bundle(target)
     return target
 
 
@@ -191,7 +191,7 @@ def read_bundle(path: Path) -> Bundle:
     Raises:
         BundleNotFound, BundleCorrupt, BundleIncompatible: naming the path or the file.
     """
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     files = {name: _read_file(path, name, entry) for name, entry in manifest.files.items()}
     for name in (SCHEMA, MODEL, GOLDEN_RAW, GOLDEN_ENCODED, HISTOGRAMS):
         if name not in files:
@@ -215,6 +215,37 @@ def read_bundle(path: Path) -> Bundle:
         histograms=histograms,
         parts=_item_parts(path, manifest, files),
     )
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Reads what a bundle is, without its other files.
+
+    Raises:
+        BundleNotFound, BundleCorrupt, BundleIncompatible: naming the path.
+    """
+    try:
+        content = json.loads((path / MANIFEST).read_bytes(), parse_constant=_refuse_constant)
+    except (FileNotFoundError, NotADirectoryError) as exc:
+        raise BundleNotFound(f"no bundle at {path} (no {MANIFEST})", where=str(path)) from exc
+    except OSError as exc:
+        raise BundleNotFound(f"{path}: {exc.strerror}", where=str(path)) from exc
+    except (ValueError, RecursionError) as exc:
+        raise BundleCorrupt(f"{path}: {MANIFEST} is not JSON", where=MANIFEST) from exc
+    version = content.get("contract_version") if isinstance(content, dict) else None
+    if version != CONTRACT_VERSION:
+        raise BundleIncompatible(
+            f"{path}: contract version {version}, this service reads {CONTRACT_VERSION}",
+            where=MANIFEST,
+        )
+    try:
+        manifest = Manifest.model_validate(content)
+    except ValidationError as exc:
+        raise BundleCorrupt(f"{path}: {MANIFEST}: {describe_errors(exc)}", where=MANIFEST) from exc
+    if (manifest.hash_name, manifest.hash_seed) != (HASH_NAME, HASH_SEED):
+        raise BundleIncompatible(f"{path}: ids are hashed by another function", where=MANIFEST)
+    if _digest({k: v for k, v in content.items() if k != "bundle_id"}) != manifest.bundle_id:
+        raise BundleCorrupt(f"{path}: {MANIFEST} differs from its digest", where=MANIFEST)
+    return manifest
 
 
 def check_golden_blocks(bundle: Bundle, encoder: Encoder) -> None:
@@ -326,32 +357,6 @@ def _read_golden(raw_bytes: bytes, encoded_bytes: bytes) -> Golden:
     )
 
 
-def _read_manifest(path: Path) -> Manifest:
-    try:
-        content = json.loads((path / MANIFEST).read_bytes(), parse_constant=_refuse_constant)
-    except (FileNotFoundError, NotADirectoryError) as exc:
-        raise BundleNotFound(f"no bundle at {path} (no {MANIFEST})", where=str(path)) from exc
-    except OSError as exc:
-        raise BundleNotFound(f"{path}: {exc.strerror}", where=str(path)) from exc
-    except (ValueError, RecursionError) as exc:
-        raise BundleCorrupt(f"{path}: {MANIFEST} is not JSON", where=MANIFEST) from exc
-    version = content.get("contract_version") if isinstance(content, dict) else None
-    if version != CONTRACT_VERSION:
-        raise BundleIncompatible(
-            f"{path}: contract version {version}, this service reads {CONTRACT_VERSION}",
-            where=MANIFEST,
-        )
-    try:
-        manifest = Manifest.model_validate(content)
-    except ValidationError as exc:
-        raise BundleCorrupt(f"{path}: {MANIFEST}: {describe_errors(exc)}", where=MANIFEST) from exc
-    if (manifest.hash_name, manifest.hash_seed) != (HASH_NAME, HASH_SEED):
-        raise BundleIncompatible(f"{path}: ids are hashed by another function", where=MANIFEST)
-    if _digest({k: v for k, v in content.items() if k != "bundle_id"}) != manifest.bundle_id:
-        raise BundleCorrupt(f"{path}: {MANIFEST} differs from its digest", where=MANIFEST)
-    return manifest
-
-
 def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is not JSON")
 
@@ -371,6 +376,25 @@ def _read_file(path: Path, name: str, entry: FileEntry) -> bytes:
 def _digest(fields: Mapping[str, Any]) -> str:
     canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _write_whole(parent: Path, name: str, content: Mapping[str, bytes]) -> Path:
+    target = parent / name
+    if target.exists():
+        return target
+    parent.mkdir(parents=True, exist_ok=True)
+    temporary = parent / f".{name}.{secrets.token_hex(4)}"
+    temporary.mkdir()
+    try:
+        for file_name, data in content.items():
+            _write_synced(temporary / file_name, data)
+        _sync_directory(temporary)
+        temporary.rename(target)
+        _sync_directory(parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return target
 
 
 def _write_synced(path: Path, data: bytes) -> None:

@@ -1,3 +1,4 @@
+import asyncio
 import re
 from pathlib import Path
 
@@ -44,6 +45,16 @@ async def test_whoever_is_asked_tells_the_sum(tmp_path: Path) -> None:
         assert value(text, "scoring_candidates_total") == 43
         assert value(text, 'scoring_request_seconds_bucket{le="0.005",outcome="ok"}') == 2
         assert value(text, 'scoring_request_seconds_count{outcome="ok"}') == 2
+
+
+async def test_asked_by_many_at_once_it_tells_each(tmp_path: Path) -> None:
+    async with (
+        worker(tmp_path, 0, scored(3)) as first,
+        worker(tmp_path, 1, scored(40)) as second,
+    ):
+        texts = await asyncio.gather(*(w.render() for w in (first, second) for _ in range(20)))
+
+    assert {value(text, "scoring_candidates_total") for text in texts} == {43}
 
 
 async def test_gauges_are_told_per_worker(tmp_path: Path) -> None:
