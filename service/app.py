@@ -16,6 +16,7 @@ from service.errors import StoreError, StoreMisconfigured
 from service.exchange import ScoreExchange, Scoring
 from service.gate import Gate
 from service.item_files import ItemOpener, open_in_memory
+from service.loop_lag import LagProbe
 from service.observe import Metrics
 from service.runtime import Outputs
 from service.scorer import Scorer
@@ -79,6 +80,9 @@ def create_app(
                 stack.push_async_callback(swapper.aclose)
                 await swapper.start()
                 app.state.reload = swapper.request
+            lag = LagProbe(metrics.loop_was_late)
+            stack.callback(lag.stop)
+            lag.start()
             yield
             status.begin_drain()
 
