@@ -86,8 +86,10 @@ class WorkerMetrics:
         """The values of all workers in the Prometheus text format; at most half a second late."""
         others = [worker for worker in range(self._num_workers) if worker != self._worker]
         reports = await asyncio.gather(*map(self._ask, others))
-        own = _DECODER.decode(await self._tell())
-        merged = merge([Report(self._worker, True, own), *reports])
+        own = Report(self._worker, True, _DECODER.decode(await self._tell()))
+        # In one order whoever is asked: a sum that is smaller in its last bit is a reset to
+        # Prometheus, which then counts all of it once more.
+        merged = merge(sorted([own, *reports], key=lambda report: report.worker))
         await asyncio.sleep(0)  # Each half holds the loop for milliseconds: requests go between.
         return render_families(merged)
 

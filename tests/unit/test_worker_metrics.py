@@ -1,3 +1,4 @@
+import contextlib
 import re
 import time
 from pathlib import Path
@@ -46,6 +47,20 @@ async def test_whoever_is_asked_tells_the_sum(tmp_path: Path) -> None:
         assert value(text, "scoring_candidates_total") == 43
         assert value(text, 'scoring_request_seconds_bucket{le="0.005",outcome="ok"}') == 2
         assert value(text, 'scoring_request_seconds_count{outcome="ok"}') == 2
+
+
+async def test_sum_is_the_same_to_the_last_bit_whoever_is_asked(tmp_path: Path) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        workers = []
+        for index, seconds in enumerate((0.1, 0.2, 0.0013)):  # The order shows in the last bit.
+            metrics = Metrics()
+            metrics.request_finished(outcome="ok", seconds=seconds)
+            opened = worker(tmp_path, index, metrics, num_workers=3)
+            workers.append(await stack.enter_async_context(opened))
+        texts = [await asked.render() for asked in workers]
+
+    sums = {value(text, 'scoring_request_seconds_sum{outcome="ok"}') for text in texts}
+    assert len(sums) == 1
 
 
 async def test_gauges_are_told_per_worker(tmp_path: Path) -> None:
