@@ -114,6 +114,8 @@ def _panel(panel: Json) -> Json:
         "fieldConfig": {"defaults": _field_defaults(kind, panel), "overrides": []},
         "options": _OPTIONS[kind],
     }
+    if kind == "heatmap":
+        made["options"] = {**_OPTIONS[kind], "yAxis": {"unit": panel["unit"]}}
     if "repeat" in panel:
         made |= {"repeat": panel["repeat"], "repeatDirection": "h", "maxPerRow": 3}
     return made
@@ -180,7 +182,6 @@ _OPTIONS: dict[str, Json] = {
     "heatmap": {
         "calculate": False,
         "color": {"mode": "scheme", "scheme": "Oranges", "steps": 64},
-        "yAxis": {"unit": "short"},
         "tooltip": {"show": True, "yHistogram": False},
     },
     "table": {"showHeader": True},
