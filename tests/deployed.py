@@ -1,9 +1,8 @@
-"""What lies under deploy/, read for the tests: rules, panels, every query, the runbook's sections."""
+"""What lies under deploy/, read for the tests: rules, panels, every query, sections of Markdown."""
 
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,12 +69,14 @@ def dashboards() -> dict[str, Json]:
     return {path.name: json.loads(path.read_text()) for path in DASHBOARDS}
 
 
-def panels() -> Iterator[tuple[str, Json]]:
+def panels() -> list[tuple[str, Json]]:
     """Every panel that shows something, with where it is."""
-    for name, dashboard in dashboards().items():
-        for panel in dashboard["panels"]:
-            if panel["type"] != "row":
-                yield f"{name} {panel['title']}", panel
+    return [
+        (f"{name} {panel['title']}", panel)
+        for name, dashboard in dashboards().items()
+        for panel in dashboard["panels"]
+        if panel["type"] != "row"
+    ]
 
 
 def queries() -> list[Query]:

@@ -116,6 +116,9 @@ def _panel(panel: Json) -> Json:
     }
     if kind == "heatmap":
         made["options"] = {**_OPTIONS[kind], "yAxis": {"unit": panel["unit"]}}
+    if kind == "table":
+        hidden = {"excludeByName": {"Time": True}, "renameByName": {"Value": "workers"}}
+        made["transformations"] = [{"id": "organize", "options": hidden}]
     if "repeat" in panel:
         made |= {"repeat": panel["repeat"], "repeatDirection": "h", "maxPerRow": 3}
     return made
@@ -192,14 +195,26 @@ def _variables(further: list[Json]) -> list[Json]:
     source = {"name": "datasource", "label": "Data source", "type": "datasource"}
     return [
         {**source, "query": "prometheus", "current": {}, "hide": 0},
-        _query_variable("job", "label_values(scoring_ready, job)", has_all=False),
-        _query_variable("instance", 'label_values(scoring_ready{job="$job"}, instance)'),
-        *(_query_variable(variable["name"], variable["query"]) for variable in further),
+        _query_variable("job", "label_values(scoring_ready, job)"),
+        {
+            **_query_variable("instance", 'label_values(scoring_ready{job="$job"}, instance)'),
+            **_ALL,
+            # An instance that is gone has no label any more, and is wanted all the same.
+            "allValue": ".*",
+        },
+        *({**_query_variable(v["name"], v["query"]), **_ALL} for v in further),
     ]
 
 
-def _query_variable(name: str, query: str, *, has_all: bool = True) -> Json:
-    made: Json = {
+_ALL: Json = {
+    "includeAll": True,
+    "multi": True,
+    "current": {"text": "All", "value": "$__all"},
+}
+
+
+def _query_variable(name: str, query: str) -> Json:
+    return {
         "name": name,
         "label": name.capitalize(),
         "type": "query",
@@ -209,12 +224,7 @@ def _query_variable(name: str, query: str, *, has_all: bool = True) -> Json:
         "refresh": 2,
         "sort": 1,
         "hide": 0,
-        "includeAll": has_all,
-        "multi": has_all,
     }
-    if has_all:
-        made |= {"allValue": ".*", "current": {"text": "All", "value": "$__all"}}
-    return made
 
 
 def _annotation(name: str, color: str, expr: str, title: str) -> Json:
