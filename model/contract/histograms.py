@@ -180,6 +180,28 @@ class Bins:
         return np.stack([*np.diff([0 * missing, *below, len(numbers) - missing], axis=0), missing])
 
 
+def counts_of(histograms: FeatureHistograms, layout: BlockLayout) -> BinCounts:
+    """The histograms of one block's columns in the shape of `Bins.of`; 0 where there is none."""
+    ids = [histograms.ids.get(name) for name in layout.ids]
+    numbers = [histograms.numbers.get(name) for name in number_names(layout)]
+    rest = [(0, 0, 0) if h is None else (h.other, h.missing, h.unknown) for h in ids]
+    missing = [0 if h is None else h.missing for h in numbers]
+    return BinCounts(
+        ids=np.concatenate(
+            [
+                _padded([() if h is None else h.counts for h in ids], 0, np.int64),
+                np.array(rest, np.int64).reshape(-1, 3).T,
+            ]
+        ),
+        numbers=np.concatenate(
+            [
+                _padded([(0,) if h is None else h.counts for h in numbers], 0, np.int64),
+                np.array([missing], np.int64),
+            ]
+        ),
+    )
+
+
 def number_names(layout: BlockLayout) -> tuple[str, ...]:
     """Names of the numeric columns in the order of `BinCounts.numbers`."""
     return (*layout.value_columns, *(history.name for history in layout.histories))
@@ -187,7 +209,8 @@ def number_names(layout: BlockLayout) -> tuple[str, ...]:
 
 def _true(mask: npt.NDArray[np.bool_]) -> Counts:
     """How often each column is true."""
-    return mask.sum(axis=0, dtype=np.int64)
+    counts: Counts = mask.sum(axis=0, dtype=np.int64)
+    return counts
 
 
 def _padded(columns: list[tuple[Any, ...]], fill: float, dtype: type[Any]) -> npt.NDArray[Any]:
