@@ -26,7 +26,7 @@ _MAX_CODES = 30
 _QUANTILES = np.arange(1, 10) / 10
 _HEAVY = 0.1  # a value of so many rows has a bin of its own
 _MAX_ROWS_FOR_EDGES = 500_000
-_CHUNK_ROWS = 65_536
+_CHUNK_ROWS = 8160
 
 
 def histograms(split: EncodedSplit, encoder: Encoder) -> FeatureHistograms:

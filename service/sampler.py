@@ -35,7 +35,7 @@ _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # the golden ratio's fraction in 64 bits
 _ROOT_OF_TWO = 0x6A09E667F3BCC908  # that of the square root of 2
 _CANDIDATE_STRIDE = 8
-_ROWS = 256  # counted together
+_ROWS = 255  # counted together
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +107,7 @@ class Sampler:
             window_s: Length of the window over which drift is told.
             clock: Seconds that never go back.
         """
+        self.bundle = bundle
         self._threshold = (1 << 64) // every
         self._turn = self._offset = 0
         self._probabilities = probabilities
@@ -155,7 +156,7 @@ class Sampler:
 
     def count(self) -> None:
         """Counts what was taken and not counted yet."""
-        if not self._request.num_rows:
+        if not (self._request.num_rows or self._candidate.num_rows):
             return
         self._count_outputs(self._outputs[:, : self._candidate.num_rows])
         for j, side in enumerate(self._sides):

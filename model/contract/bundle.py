@@ -16,6 +16,7 @@ import shutil
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,15 @@ class Manifest(BaseModel):
     calibration: dict[str, Any]
     tool_versions: dict[str, str]
     item_features: tuple[str, ...] = ()
+
+    @property
+    def made_at(self) -> float | None:
+        """`created_at` in unix seconds; None if it is no time with an offset."""
+        try:
+            made_at = datetime.fromisoformat(self.created_at)
+        except ValueError:
+            return None
+        return None if made_at.tzinfo is None else made_at.timestamp()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -157,10 +157,10 @@ class Bins:
         )
 
     def _count_ids(self, ids: Ids) -> Counts:
-        rows = [_true(ids == codes) for codes in self.codes]
+        found = _true(ids[:, None] == self.codes)
         missing, unknown = _true(ids == MISSING_CODE), _true(ids == UNKNOWN_CODE)
-        other = len(ids) - sum(rows) - missing - unknown
-        return np.stack([*rows, other, missing, unknown])
+        other = len(ids) - found.sum(axis=0) - missing - unknown
+        return np.concatenate([found, np.stack([other, missing, unknown])])
 
     def numbers_of(self, dense: Dense, history: Ids) -> Dense:
         """The numbers that are counted, float32 [n, V], NaN where missing."""
@@ -174,10 +174,11 @@ class Bins:
         return numbers
 
     def _count_numbers(self, numbers: Dense) -> Counts:
-        missing = _true(np.isnan(numbers))
+        missing = _true(np.isnan(numbers))[None]
         # Rows up to each edge; what is missing is beyond none.
-        below = [_true(numbers <= edges) for edges in self.edges]
-        return np.stack([*np.diff([0 * missing, *below, len(numbers) - missing], axis=0), missing])
+        below = _true(numbers[:, None] <= self.edges)
+        beside = [np.zeros_like(missing), below, len(numbers) - missing]
+        return np.concatenate([np.diff(np.concatenate(beside), axis=0), missing])
 
 
 def counts_of(histograms: FeatureHistograms, layout: BlockLayout) -> BinCounts:
@@ -208,9 +209,13 @@ def number_names(layout: BlockLayout) -> tuple[str, ...]:
 
 
 def _true(mask: npt.NDArray[np.bool_]) -> Counts:
-    """How often each column is true."""
-    counts: Counts = mask.sum(axis=0, dtype=np.int64)
-    return counts
+    """How often each is true, over the first axis."""
+    # Summed in bytes, which hold up to 255: a tenth of the time that sums of int64 take.
+    total = np.zeros(mask.shape[1:], np.int64)
+    for start in range(0, len(mask), 255):
+        part = mask[start : start + 255].view(np.uint8)
+        total += np.add.reduce(part, axis=0, dtype=np.uint8)
+    return total
 
 
 def _padded(columns: list[tuple[Any, ...]], fill: float, dtype: type[Any]) -> npt.NDArray[Any]:
