@@ -332,7 +332,8 @@ class Metrics:
             label="output",
         )
         self._feature_counts = FeatureCounts(self._registry)
-        self._sources += [self._probabilities, self._feature_counts]
+        # The features first: reading them counts what has been taken and not been counted yet.
+        self._sources += [self._feature_counts, self._probabilities]
         self._feature_drift = FeatureDrift(self._registry)
 
     def _init_state(self) -> None:
