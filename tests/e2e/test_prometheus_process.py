@@ -9,13 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 import tiny
 from deployed import Query, alerts, as_values, needs, queries
 from prometheus_rig import Prometheus, prometheus
 from test_serve_process import LIMIT_S, Served, serving, wait_until
 
+from model.contract.encode import Encoder
 from model.contract.record import pack_record
+from model.dataset import EncodedSplit
+from model.histograms import histograms
 from service.settings import StoreSettings
 from service.stores import open_store
 from service.stores.embedded import EmbeddedRedis
@@ -24,8 +28,9 @@ pytestmark = [pytest.mark.process, pytest.mark.redis, needs("prometheus")]
 
 NUM_REQUESTS = 640
 BRAND_NEW = {"brand": "nobody knows", "price": 3.0, "display": "5"}
-# One of each kind, all but the last two answered.
+# One of each kind, all but the last two answered; the first has enough candidates for drift.
 BODIES: list[dict[str, object]] = [
+    {"user_id": 7, "time": tiny.NOON_TEXT, "candidates": [1, 2, 3, 4] * 100},
     {"user_id": 7, "time": tiny.NOON_TEXT, "candidates": [1, 2, 3, 4] * 3},
     {"user_id": 7, "time": tiny.NOON_TEXT, "candidates": [{"item_id": 1, "discount": 0.1}] * 4},
     {"user_id": 7, "time": tiny.NOON_TEXT, "candidates": [{"item_id": 99, **BRAND_NEW}, 98]},
@@ -46,24 +51,40 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def scraped(
-    tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path, tiny_items: Path
-) -> Iterator[Prometheus]:
+def scraped(tmp_path_factory: pytest.TempPathFactory, tiny_items: Path) -> Iterator[Prometheus]:
     """After a run with every kind of answer, a swap, and one that was refused."""
     directory = tmp_path_factory.mktemp("scraped")
+    bundle = tiny.write(directory / "bundles", histograms=_histograms_of_golden_rows())
     snapshot = Path(shutil.copy(tiny_items, directory / "items.parquet"))
     with EmbeddedRedis(directory / "redis") as redis:
         asyncio.run(_write_records(redis.url))
         with (
-            serving(
-                directory, tiny_bundle, snapshot, CTR_STORE__URL=redis.url, **SETTINGS
-            ) as served,
+            serving(directory, bundle, snapshot, CTR_STORE__URL=redis.url, **SETTINGS) as served,
             prometheus(directory / "prometheus", target=f"127.0.0.1:{served.port}") as server,
         ):
             _run(served, snapshot, server)
             yield server
             served.process.terminate()
             served.wait()
+
+
+def _histograms_of_golden_rows() -> bytes:
+    encoder = Encoder(tiny.fitted_schema())
+    blocks = tiny.golden(encoder, tiny.graph(encoder)).blocks
+    count = len(blocks)
+    rows = EncodedSplit(
+        request_ids=blocks.request.ids.astype(np.int32),
+        request_dense=blocks.request.dense,
+        request_history=blocks.request.history.astype(np.int32),
+        candidate_ids=blocks.candidate.ids.astype(np.int32),
+        candidate_dense=blocks.candidate.dense,
+        request_of=blocks.request_of,
+        label_values=np.zeros((count, 2), np.int8),
+        label_known=np.ones((count, 2), np.bool_),
+        weight=np.ones(count, np.float32),
+        user=np.zeros(count, np.int64),
+    )
+    return histograms(rows, encoder).model_dump_json().encode()
 
 
 async def _write_records(url: str) -> None:
