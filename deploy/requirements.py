@@ -38,4 +38,4 @@ def requirements(pyproject: dict[str, Any], extras: list[str]) -> list[str]:  # 
 
 if __name__ == "__main__":
     parsed = tomllib.loads(Path(sys.argv[1]).read_text())
-    print("\n".join(requirements(parsed, sys.argv[2:])))
+    sys.stdout.write("\n".join(requirements(parsed, sys.argv[2:])) + "\n")
