@@ -1,4 +1,4 @@
-"""Load on a service from inside its network, and what became of each request; standard library only.
+"""Load on a service from inside its network, and what became of each request.
 
 `python compose_load.py HOST PORT SECONDS REQUESTS_PER_SECOND < BODY`: says `running` once the first
 request is answered, and at the end one line of JSON with counts:

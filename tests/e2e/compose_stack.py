@@ -340,7 +340,10 @@ def _text(process: "subprocess.Popen[bytes]") -> str:
 
 
 def _find_engine() -> str:
-    for name, command in (("docker", ["docker", "info"]), ("podman", ["podman-compose", "version"])):
+    for name, command in (
+        ("docker", ["docker", "info"]),
+        ("podman", ["podman-compose", "version"]),
+    ):
         if shutil.which(command[0]) is not None:
             done = subprocess.run(command, capture_output=True, check=False)
             if done.returncode == 0:
