@@ -1,7 +1,8 @@
 """Load on a service from inside its network, and what became of each request.
 
-`python compose_load.py HOST PORT SECONDS REQUESTS_PER_SECOND < BODY`: says `running` once the first
-request is answered, and at the end one line of JSON with counts:
+`python compose_load.py HOST PORT SECONDS REQUESTS_PER_SECOND < BODY` says `running` once requests
+are answered, and at the end one line of JSON with the counts below. It runs in a container, so it
+takes the standard library alone.
 
     answered      200
     degraded      of these, without the user's record
@@ -28,7 +29,7 @@ HEADERS = {"content-type": "application/json"}
 
 
 class Caller(threading.Thread):
-    """Sends one request after another, each at its time, on one connection while it is kept open."""
+    """Sends one request after another, each at its time; keeps its connection while it may."""
 
     def __init__(
         self, address: tuple[str, int], body: bytes, *, end: float, interval_s: float, first: float

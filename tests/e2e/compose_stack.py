@@ -170,7 +170,7 @@ class Stack:
         return answer
 
     def prometheus(self, query: str) -> float:
-        """The value of a query, by Prometheus's API; 0 without one. Asked from the service's side."""
+        """The value of a query, by Prometheus's API; 0 without one. It is not published."""
         code = (
             "import sys, urllib.request as u, urllib.parse as p; print(u.urlopen("
             "'http://prometheus:9090/api/v1/query?' + p.urlencode({'query': sys.argv[1]}))"
