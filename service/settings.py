@@ -153,6 +153,11 @@ class Settings(BaseSettings):
     bundle: Path | None = Field(
         None, description="Bundle directory to serve; until there is one the service is not ready"
     )
+    wait_for_bundle: bool = Field(
+        False,
+        description="Start without bundle and item snapshot, not ready, and serve them once both "
+        "are there; if not, their absence ends the process",
+    )
     item_snapshot: Path | None = Field(
         None, description="File with the items that requests may name by id alone"
     )
