@@ -279,6 +279,38 @@ def test_data_source_and_dashboards_are_provisioned() -> None:
     assert source["jsonData"]["timeInterval"] == interval["scrape_interval"]
 
 
+# Compose
+
+
+def compose() -> Json:
+    services: Json = read_yaml(ROOT / "docker-compose.yml")["services"]
+    return services
+
+
+def test_prometheus_scrapes_the_service_of_the_compose_file() -> None:
+    (job,) = read_yaml(PROMETHEUS / "prometheus.yml")["scrape_configs"]
+    (target,) = job["static_configs"][0]["targets"]
+    name, _, port = target.partition(":")
+    assert compose()[name]["ports"][0].endswith(f":{port}")
+    assert set(compose()[name]["networks"]) & set(compose()["prometheus"]["networks"])
+
+
+def test_files_are_mounted_where_they_are_looked_for() -> None:
+    (provider,) = read_yaml(GRAFANA / "provisioning/dashboards/scoring.yaml")["providers"]
+    dashboards_in = provider["options"]["path"]
+    assert f"./deploy/grafana/dashboards:{dashboards_in}:ro" in compose()["grafana"]["volumes"]
+    assert read_yaml(PROMETHEUS / "prometheus.yml")["rule_files"] == ["/etc/prometheus/rules/*.yml"]
+    assert "./deploy/prometheus:/etc/prometheus:ro" in compose()["prometheus"]["volumes"]
+    (source,) = read_yaml(GRAFANA / "provisioning/datasources/prometheus.yaml")["datasources"]
+    assert source["url"] == "http://prometheus:9090"
+
+
+def test_alert_on_memory_knows_the_limit_of_the_container() -> None:
+    limit = compose()["service"]["deploy"]["resources"]["limits"]["memory"]
+    assert limit == "${SERVICE_MEMORY:-2G}"
+    assert alerts()["ScoringMemoryHigh"]["expr"].rstrip().endswith("> 0.9 * 2 * 1024 * 1024 * 1024")
+
+
 # Runbook
 
 
