@@ -26,7 +26,7 @@ from service.stores.embedded import EmbeddedRedis
 
 pytestmark = [pytest.mark.process, pytest.mark.redis, needs("prometheus")]
 
-NUM_REQUESTS = 640
+NUM_REQUESTS = 180  # before the swaps, and after
 BRAND_NEW = {"brand": "nobody knows", "price": 3.0, "display": "5"}
 # One of each kind, all but the last two answered; the first has enough candidates for drift.
 BODIES: list[dict[str, object]] = [
@@ -99,14 +99,14 @@ async def _write_records(url: str) -> None:
 
 
 def _run(served: Served, snapshot: Path, server: Prometheus) -> None:
-    _post(served.url, NUM_REQUESTS // 2)
+    _post(served.url, NUM_REQUESTS)
     _post_until_refused(served.url)
     served.process.send_signal(signal.SIGHUP)
     wait_until(lambda: server.values('sum(scoring_swaps_total{part="bundle"})') == [2.0])
     snapshot.write_bytes(b"no parquet")
     served.process.send_signal(signal.SIGHUP)
     wait_until(lambda: server.values('sum(scoring_swaps_refused_total{part="bundle"})') == [2.0])
-    _post(served.url, NUM_REQUESTS // 2)
+    _post(served.url, NUM_REQUESTS)
 
 
 def _post(url: str, times: int) -> None:
