@@ -1,5 +1,6 @@
 """What lies under deploy/, read for the tests: rules, panels, every query, sections of Markdown."""
 
+import functools
 import json
 import re
 import shutil
@@ -48,7 +49,8 @@ def needs(program: str) -> pytest.MarkDecorator:
     )
 
 
-def read_yaml(path: Path) -> Any:  # Any: what the file holds
+@functools.cache
+def read_yaml(path: Path) -> Any:  # Any: what the file holds; not to be changed
     return yaml.safe_load(path.read_text())
 
 
@@ -65,6 +67,7 @@ def recorded_names() -> set[str]:
     return {rule["record"] for rule in rules() if "record" in rule}
 
 
+@functools.cache
 def dashboards() -> dict[str, Json]:
     return {path.name: json.loads(path.read_text()) for path in DASHBOARDS}
 

@@ -1,6 +1,6 @@
 """A real Prometheus that scrapes one target by the rules and settings under deploy/."""
 
-import json
+import copy
 import re
 import subprocess
 import threading
@@ -60,7 +60,7 @@ class Prometheus:
 def prometheus(directory: Path, *, target: str) -> Iterator[Prometheus]:
     """Serves what deploy/ configures, with another target and shorter intervals."""
     directory.mkdir()
-    config = read_yaml(PROMETHEUS / "prometheus.yml")
+    config = copy.deepcopy(read_yaml(PROMETHEUS / "prometheus.yml"))
     config["global"] = {
         "scrape_interval": SCRAPE,
         "scrape_timeout": SCRAPE,
@@ -70,7 +70,7 @@ def prometheus(directory: Path, *, target: str) -> Iterator[Prometheus]:
     (job,) = config["scrape_configs"]
     job["static_configs"] = [{"targets": [target]}]
     path = directory / "prometheus.yml"
-    path.write_text(yaml.safe_dump(json.loads(json.dumps(config))))
+    path.write_text(yaml.safe_dump(config))
     process = subprocess.Popen(
         [
             "prometheus",
