@@ -17,8 +17,6 @@ MIN_VALUES = 500
 _NUM_SLICES = 12
 _MIN_SHARE = 1e-4
 
-Indices = npt.NDArray[np.float64]
-
 
 class SlidingCounts:
     """Sums of what was added lately: over the window, and up to a twelfth of it less."""
@@ -86,9 +84,14 @@ class Drift:
             window: Of the served values.
         """
         self._bundle = bundle
-        self._expected = expected
-        self._places = places
         self.window = window
+        # All columns, one after another.
+        self._features = [name for name, columns in expected.items() for _ in columns]
+        columns = [column for columns in expected.values() for column in columns]
+        at = [place for name in expected for place in places[name]]
+        self._expected = np.concatenate(columns) if columns else np.empty(0, np.int64)
+        self._at = np.concatenate(at) if at else np.empty(0, np.intp)
+        self._starts = np.cumsum([0, *map(len, columns)])[:-1]
 
     def told(self) -> WindowCounts:
         """The window as it is now."""
@@ -104,24 +107,38 @@ class Drift:
             for window in told
             if window.bundle == self._bundle
         ]
-        if not counts:
+        if not counts or not self._features:
             return {}
-        total: Counts = np.sum(counts, axis=0)
-        found = {}
-        for feature, expected in self._expected.items():
-            actual = [total[place] for place in self._places[feature]]
-            if actual[0].sum() >= MIN_VALUES:
-                found[feature] = max(map(stability_index, expected, actual))
+        actual = np.sum(counts, axis=0)[self._at]
+        sums = np.add.reduceat(actual, self._starts).tolist()
+        indices = stability_indices(self._expected, actual, self._starts).tolist()
+        found: dict[str, float] = {}
+        for feature, num_values, index in zip(self._features, sums, indices, strict=True):
+            if num_values >= MIN_VALUES:
+                found[feature] = max(index, found.get(feature, 0.0))
         return found
 
 
-def stability_index(expected: Counts, actual: Counts) -> float:
-    """Sum over bins of (p - q) ln(p / q), p and q being the shares of the actual and the expected.
+def stability_indices(
+    expected: Counts, actual: Counts, starts: npt.NDArray[np.intp]
+) -> npt.NDArray[np.float64]:
+    """Sums over bins of (p - q) ln(p / q), p and q being the shares of the actual and the expected.
 
     A share below 1e-4 counts as that much. 0 for equal shares; without drift about
     (bins - 1) / actual values. Source: the usual definition in credit scoring, where less than 0.1
     is called stable and more than 0.25 a shift.
+
+    Args:
+        expected: Counts by bin, those of several columns one after another.
+        actual: Likewise.
+        starts: Where each column begins.
     """
-    p = np.maximum(actual / actual.sum(), _MIN_SHARE)
-    q = np.maximum(expected / expected.sum(), _MIN_SHARE)
-    return float(((p - q) * np.log(p / q)).sum())
+    p, q = _shares(actual, starts), _shares(expected, starts)
+    terms: npt.NDArray[np.float64] = np.add.reduceat((p - q) * np.log(p / q), starts)
+    return terms
+
+
+def _shares(counts: Counts, starts: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
+    sums = np.maximum(np.add.reduceat(counts, starts), 1)
+    lengths = np.diff(starts, append=len(counts))
+    return np.maximum(counts / sums.repeat(lengths), _MIN_SHARE)

@@ -17,6 +17,7 @@ class FeatureCounts(Source):
     def __init__(self, registry: CollectorRegistry) -> None:
         """Registers the metrics, without a series until there is a sampler."""
         self._before: dict[str, FeatureCount] = {}
+        self._series: dict[tuple[str, str], str] = {}
         self._sampler: Sampler | None = None
         super().__init__(registry)
 
@@ -35,11 +36,17 @@ class FeatureCounts(Source):
         ):
             name = f"scoring_feature_{kind}_total"
             samples = [
-                (series_text(name, {"feature": feature}), float(number))
+                (self._text(name, feature), float(number))
                 for feature, count in counts.items()
                 if (number := getattr(count, kind)) is not None
             ]
             yield Family(name, text, "counter", samples)
+
+    def _text(self, name: str, feature: str) -> str:
+        text = self._series.get((name, feature))
+        if text is None:
+            text = self._series[name, feature] = series_text(name, {"feature": feature})
+        return text
 
     def _counts(self) -> dict[str, FeatureCount]:
         found = dict(self._before)

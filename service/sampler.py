@@ -169,15 +169,16 @@ class Sampler:
     def counts(self) -> dict[str, FeatureCount]:
         """Of each feature, since the bundle is served."""
         self.count()
-        arrays = self._split(self._totals)
+        # Of ids the last two rows are missing and unknown, of numbers the last one is missing.
+        rows = [array[-2:].tolist() for array in self._split(self._totals)]
         found = {}
         for name, (feature, place) in self._places.items():
-            array = arrays[2 * place.side + (not place.is_id)]
-            column = array[:, place.columns[0]]
+            last_but_one, last = rows[2 * place.side + (not place.is_id)]
+            column = place.columns[0]
             missing = None
             if not isinstance(feature, TimePart):
-                missing = int(column[-2 if place.is_id else -1])
-            unknown = int(column[-1]) if isinstance(feature, Categorical) else None
+                missing = (last_but_one if place.is_id else last)[column]
+            unknown = last[column] if isinstance(feature, Categorical) else None
             found[name] = FeatureCount(self._rows[place.side], missing, unknown)
         return found
 

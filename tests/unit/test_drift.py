@@ -5,7 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from service.drift import Drift, SlidingCounts, WindowCounts, stability_index
+from service.drift import Drift, SlidingCounts, WindowCounts, stability_indices
+
+
+def stability_index(expected: list[int], actual: list[int]) -> float:
+    starts = np.zeros(1, np.intp)
+    (index,) = stability_indices(np.array(expected), np.array(actual), starts)
+    return float(index)
 
 
 class Clock:
@@ -17,21 +23,29 @@ class Clock:
 
 
 def test_index_of_equal_shares_is_nothing() -> None:
-    assert stability_index(np.array([10, 30, 0]), np.array([100, 300, 0])) == 0
+    assert stability_index([10, 30, 0], [100, 300, 0]) == 0
 
 
 def test_index_is_that_of_a_hand_computation() -> None:
     # Expected 50 % and 50 %, actual 80 % and 20 %.
     by_hand = (0.8 - 0.5) * math.log(0.8 / 0.5) + (0.2 - 0.5) * math.log(0.2 / 0.5)
 
-    assert stability_index(np.array([500, 500]), np.array([80, 20])) == pytest.approx(by_hand)
+    assert stability_index([500, 500], [80, 20]) == pytest.approx(by_hand)
     assert by_hand == pytest.approx(0.4159, abs=1e-4)
 
 
 def test_share_of_nothing_counts_as_one_in_ten_thousand() -> None:
     by_hand = (1 - 1e-4) * math.log(1 / 1e-4) + (1e-4 - 1) * math.log(1e-4)
 
-    assert stability_index(np.array([70, 0]), np.array([0, 9])) == pytest.approx(by_hand)
+    assert stability_index([70, 0], [0, 9]) == pytest.approx(by_hand)
+
+
+def test_each_column_has_an_index_of_its_own() -> None:
+    indices = stability_indices(
+        np.array([500, 500, 10, 10, 10]), np.array([80, 20, 5, 5, 5]), np.array([0, 2])
+    )
+
+    assert indices == pytest.approx([0.4159, 0], abs=1e-4)
 
 
 def test_window_forgets() -> None:
