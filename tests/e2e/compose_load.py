@@ -25,7 +25,7 @@ TIMEOUT_S = 5.0
 # A connection that is not to be had is not asked for in a busy loop.
 PAUSE_S = 0.05
 
-HEADERS = {"content-type": "application/json"}
+HEADERS = {"content-type": "application/json", "x-timeout-ms": "2000"}
 
 
 class Caller(threading.Thread):
