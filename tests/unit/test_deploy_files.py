@@ -58,6 +58,14 @@ def test_every_metric_that_is_asked_for_exists() -> None:
     assert {where: names for where, names in unknown.items() if names} == {}
 
 
+def test_every_metric_of_the_service_is_on_a_panel_or_in_a_rule() -> None:
+    used = {name for query in queries() for name in names_in(query.expr)}
+    families = re.findall(r"^# TYPE (\S+)", Metrics().render().decode(), re.M)
+    parts = ("", "_bucket", "_sum", "_count")
+    assert len(families) > 30
+    assert [name for name in families if not {name + part for part in parts} & used] == []
+
+
 def test_every_metric_that_a_rule_test_feeds_exists() -> None:
     series = [
         each["series"]
