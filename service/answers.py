@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from service.errors import InvalidRequest, Overloaded, ServiceError, StoreError, Unavailable
 from service.errors import error_codes as codes_of
+from service.trace_context import trace_context_of
 from service.wire import encode_json, is_request_id
 
 REQUEST_ID = b"x-request-id"
@@ -73,10 +74,10 @@ class Answer(NamedTuple):
         ]
 
 
-def problem_answer(error: ServiceError, *, request_id: str) -> Answer:
-    """The answer with an error."""
+def problem_answer(error: ServiceError, *, request_id: str, headers: Headers = ()) -> Answer:
+    """The answer with an error; `headers` are those of the request, names in lower case."""
     field = error.field if isinstance(error, InvalidRequest) else None
-    content = problem(error.code, str(error), request_id=request_id, field=field)
+    content = problem(error.code, str(error), request_id=request_id, field=field, headers=headers)
     return Answer(
         content["status"], encode_json(content), PROBLEM_JSON, request_id, _headers_of(error)
     )
@@ -90,8 +91,9 @@ def problem(
     request_id: str | None,
     status: int | None = None,
     field: str | None = None,
+    headers: Headers = (),
 ) -> dict[str, Any]:
-    """The JSON of a problem; `status` in place of the code's own."""
+    """The JSON of a problem; `status` in place of the code's own, `headers` of the request."""
     known = PROBLEMS[code]
     content = {
         "type": f"urn:ctr-scoring:problem:{code}",
@@ -103,6 +105,9 @@ def problem(
     }
     if field is not None:
         content["field"] = field
+    trace = trace_context_of(headers)
+    if trace is not None:
+        content["trace_id"] = trace.trace_id
     return content
 
 

@@ -22,8 +22,8 @@ from service.answers import (
 )
 from service.errors import DeadlineExceeded, ServiceError
 from service.exchange import Disconnected, ScoreExchange
+from service.exposition import CONTENT_TYPE
 from service.gate import Head
-from service.observe import CONTENT_TYPE
 from service.openapi import openapi_document
 from service.settings import LimitSettings
 from service.status import ServiceStatus
@@ -159,8 +159,13 @@ def add_routes(
     async def on_http_error(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, HTTPException)
         code = _CODES_BY_STATUS.get(exc.status_code, "http_error")
-        request_id = request.scope["state"]["request_id"]
-        content = problem(code, str(exc.detail), request_id=request_id, status=exc.status_code)
+        content = problem(
+            code,
+            str(exc.detail),
+            request_id=request.scope["state"]["request_id"],
+            status=exc.status_code,
+            headers=request.scope["headers"],
+        )
         return Response(
             encode_json(content),
             exc.status_code,
@@ -177,7 +182,9 @@ def add_routes(
 
 
 def _problem_response(scope: Scope, error: ServiceError) -> Response:
-    answer = problem_answer(error, request_id=scope["state"]["request_id"])
+    answer = problem_answer(
+        error, request_id=scope["state"]["request_id"], headers=scope["headers"]
+    )
     headers = {name.decode(): value.decode() for name, value in answer.all_headers()}
     return Response(answer.body, answer.status, headers=headers)
 

@@ -16,8 +16,10 @@ from service.errors import StoreError, StoreMisconfigured
 from service.exchange import ScoreExchange, Scoring
 from service.gate import Gate
 from service.item_files import ItemOpener, open_in_memory
+from service.loop_lag import LagProbe
 from service.observe import Metrics
 from service.runtime import Outputs
+from service.sampler import Sampler
 from service.scorer import Scorer
 from service.settings import Settings
 from service.state import ServingState
@@ -56,13 +58,7 @@ def create_app(
         StoreMisconfigured: Neither a store nor its URL is given, or the URL is not understood.
             The lifespan raises it for a wrong password, and the errors of `load_serving_state`.
     """
-    if store is None:
-        if settings.store.url is None:
-            raise StoreMisconfigured(
-                "CTR_STORE__URL is not set and no store was given (`ctr serve` starts a Redis of "
-                "its own; memory:// holds nothing)"
-            )
-        store = open_store(settings.store.url.get_secret_value(), settings.store)
+    store = _store_of(settings) if store is None else store
     metrics = Metrics(registry)
     status = ServiceStatus(metrics)
 
@@ -79,6 +75,7 @@ def create_app(
                 stack.push_async_callback(swapper.aclose)
                 await swapper.start()
                 app.state.reload = swapper.request
+            stack.enter_context(LagProbe(metrics.loop_was_late))
             yield
             status.begin_drain()
 
@@ -90,6 +87,15 @@ def create_app(
     app.state.scoring = Scoring(exchange=exchange, gate=gate, status=status, new_id=_new_request_id)
     add_routes(app, status, exchange=exchange, limits=settings.limits, new_id=_new_request_id)
     return app
+
+
+def _store_of(settings: Settings) -> OnlineStore:
+    if settings.store.url is None:
+        raise StoreMisconfigured(
+            "CTR_STORE__URL is not set and no store was given (`ctr serve` starts a Redis of "
+            "its own; memory:// holds nothing)"
+        )
+    return open_store(settings.store.url.get_secret_value(), settings.store)
 
 
 def _make_gate(status: ServiceStatus, settings: Settings) -> Gate:
@@ -110,9 +116,31 @@ def _new_request_id() -> str:
 def _make_swapper(
     status: ServiceStatus, settings: Settings, *, store: OnlineStore, open_items: ItemOpener
 ) -> Swapper:
+    sampler: Sampler | None = None
+
     def make_scorer(state: ServingState, batcher: MicroBatcher[Blocks, Outputs]) -> Scorer:
+        nonlocal sampler
+        if settings.health.sample_every and (
+            sampler is None or sampler.bundle != state.manifest.bundle_id
+        ):
+            # Other items alone go on with what has been sampled.
+            sampler = status.metrics.make_sampler(
+                state.manifest.bundle_id,
+                state.encoder,
+                state.histograms,
+                every=settings.health.sample_every,
+                window_s=settings.health.drift_window_s,
+            )
+        status.metrics.ages_known(
+            bundle_made_at=state.manifest.made_at, items_as_of=state.items.as_of
+        )
         return Scorer(
-            state, store=store, batcher=batcher, metrics=status.metrics, settings=settings.store
+            state,
+            store=store,
+            batcher=batcher,
+            metrics=status.metrics,
+            settings=settings.store,
+            sampler=sampler,
         )
 
     return Swapper(status, settings=settings, open_items=open_items, make_scorer=make_scorer)

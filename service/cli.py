@@ -14,6 +14,10 @@ VERBS = {
         "service.quickstart:quickstart",
         "From real logs to scored candidates in one go",
     ),
+    "bootstrap": (
+        "service.bootstrap:bootstrap",
+        "Make what a service needs for the demo, unless it is there",
+    ),
     "data": ("model.verbs_data:data", "Make impression logs: public data, or simulated"),
     "schema": ("model.verbs:schema", "Propose a schema file for your own logs"),
     "train": ("model.verbs:train", "Train a model on impression logs"),

@@ -10,6 +10,7 @@ from service.errors import DeadlineExceeded, ServiceError, StoreError
 from service.gate import Gate, Head
 from service.settings import LimitSettings
 from service.status import ServiceStatus
+from service.trace_context import trace_context_of
 from service.wire import encode_answer, parse_body
 
 _log = logging.getLogger(__name__)
@@ -24,10 +25,11 @@ class Disconnected(Exception):
 class _Call:
     """What becomes known of a request while it is answered."""
 
-    __slots__ = ("num_scored", "outcome", "request_id")
+    __slots__ = ("headers", "num_scored", "outcome", "request_id")
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, headers: Headers) -> None:
         self.request_id = request_id
+        self.headers = headers
         self.outcome = "cancelled"
         self.num_scored = 0
 
@@ -42,15 +44,18 @@ class ScoreExchange:
         self._metrics = status.metrics
         self._limits = limits
 
-    async def answer(self, head: Head, data: bytes | bytearray, *, request_id: str) -> Answer:
+    async def answer(
+        self, head: Head, data: bytes | bytearray, *, request_id: str, headers: Headers = ()
+    ) -> Answer:
         """Answers a request that the gate has let in and whose body is there.
 
         Args:
             head: As the gate read it.
             data: The whole body.
             request_id: For the answer, unless the body names one.
+            headers: Names in lower case; looked at only if the request fails.
         """
-        call = _Call(request_id)
+        call = _Call(request_id, headers)
         return await self._concluded(call, self._score(call, head, data))
 
     async def receive_and_answer(
@@ -67,7 +72,7 @@ class ScoreExchange:
         Raises:
             Disconnected: From `read_body`.
         """
-        call = _Call(request_id)
+        call = _Call(request_id, headers)
         return await self._concluded(call, self._receive(call, headers, read_body, arrived_at))
 
     async def _concluded(self, call: _Call, work: Coroutine[None, None, bytes]) -> Answer:
@@ -85,15 +90,21 @@ class ScoreExchange:
                     error = exc
                 call.outcome, call.num_scored = error.code, 0
                 if error.code in ("internal_error", "inference_failed"):
-                    extra = {"request_id": call.request_id}
-                    _log.error("request failed", exc_info=exc, extra=extra)
-                return problem_answer(error, request_id=call.request_id)
+                    _log.error("request failed", exc_info=exc, extra=self._log_fields(call))
+                return problem_answer(error, request_id=call.request_id, headers=call.headers)
         finally:
             self._metrics.request_finished(
                 outcome=call.outcome,
                 seconds=time.perf_counter() - began_at,
                 candidates=call.num_scored,
             )
+
+    def _log_fields(self, call: _Call) -> dict[str, str]:
+        fields = {"request_id": call.request_id}
+        if self._status.scorer is not None:
+            fields["bundle"] = self._status.scorer.state.manifest.bundle_id
+        trace = trace_context_of(call.headers)
+        return fields if trace is None else fields | trace.log_fields()
 
     async def _receive(
         self, call: _Call, headers: Headers, read_body: ReadBody, arrived_at: float | None

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from service.answers import CLOSE, Answer, http1_bytes, problem_answer, request_id_of
+from service.answers import CLOSE, Answer, Headers, http1_bytes, problem_answer, request_id_of
 from service.api import ARRIVED_AT
 from service.errors import Overloaded
 from service.exchange import Scoring
@@ -95,7 +95,8 @@ class Http1Protocol(HttpToolsProtocol):
                 head = self._scoring.gate.admit_early(self.headers, arrived_at=arrived_at)
             except Overloaded as exc:
                 self._is_refused = True
-                self._send(problem_answer(exc, request_id=self._request_id()))
+                request_id = self._request_id()
+                self._send(problem_answer(exc, request_id=request_id, headers=self.headers))
                 return
             if head is not None and head.body_bytes:
                 self._head = head
@@ -116,7 +117,8 @@ class Http1Protocol(HttpToolsProtocol):
             head, data = self._take_request()
             cycle = _Cycle()
             self.cycle = cast(RequestResponseCycle, cycle)
-            task = self.loop.create_task(self._answer(cycle, head, data, self._request_id()))
+            answering = self._answer(cycle, head, data, self._request_id(), self.headers)
+            task = self.loop.create_task(answering)
             task.add_done_callback(self._answered)
             self.tasks.add(task)
         elif self._is_refused:
@@ -134,8 +136,13 @@ class Http1Protocol(HttpToolsProtocol):
             self._leave_to_app()
         super().shutdown()
 
-    async def _answer(self, cycle: _Cycle, head: Head, data: bytes, request_id: str) -> None:
-        answer = await self._scoring.exchange.answer(head, data, request_id=request_id)
+    async def _answer(
+        self, cycle: _Cycle, head: Head, data: bytes, request_id: str, headers: Headers
+    ) -> None:
+        # The headers are those of this request: the protocol makes a list anew for the next one.
+        answer = await self._scoring.exchange.answer(
+            head, data, request_id=request_id, headers=headers
+        )
         if self.flow.write_paused:
             await self.flow.drain()
         cycle.response_complete = True

@@ -218,6 +218,10 @@ _PROBLEM: _Json = {
         "detail": {"type": "string", "description": "For people; may change."},
         "field": {"type": "string", "description": "Path of the field at fault, if there is one."},
         "request_id": {"type": ["string", "null"]},
+        "trace_id": {
+            "type": "string",
+            "description": "Of the request's `traceparent`, if it has a valid one.",
+        },
     },
 }
 

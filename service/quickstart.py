@@ -57,7 +57,7 @@ class Trip:
 def quickstart(out: Path, once: bool, full: bool, port: int) -> None:
     """Train on a year of real grocery shopping, serve the model, score a real household's trip."""
     started = time.monotonic()
-    stages = _Stages(out.resolve())
+    stages = Stages(out.resolve())
     data, snapshot = stages.out / "data", stages.out / "snapshot"
     share = 1.0 if full else DEFAULT_KEEP_TRIPS
     stages.ctr("Data", "data", "complete-journey", str(data), "--keep-trips", str(share))
@@ -120,7 +120,7 @@ def choose_trip(data: Path) -> Trip:
     return Trip(request=request, time=when, outcome=outcome, products=_product_names(rows, items))
 
 
-class _Stages:
+class Stages:
     """Runs verbs as processes, all below one directory and with one Redis."""
 
     def __init__(self, out: Path) -> None:
@@ -131,6 +131,7 @@ class _Stages:
         self._console = Console(stderr=True)
 
     def run_dir(self, name: str) -> str:
+        """Where the run of a model lies."""
         return str(self.out / "runs" / name.replace(" ", "-").lower())
 
     def ctr(self, title: str, *arguments: str) -> None:
@@ -195,7 +196,7 @@ class _Stages:
         return done.stdout or b""
 
 
-def _train(stages: _Stages, *, name: str, config: Path, is_quick: bool) -> Answer:
+def _train(stages: Stages, *, name: str, config: Path, is_quick: bool) -> Answer:
     run = stages.run_dir(name)
     # A second pass over the rows gives a little more, and takes as long again.
     shorter = ("--set", "optimizer.max_epochs=1") if is_quick else ()

@@ -34,6 +34,12 @@ class _Sources:
     bundle: BundleIdentity
     items: FileIdentity | None
 
+    def are_there(self, settings: Settings) -> bool:
+        """Whether there is something to read in each place that the settings name."""
+        return self.bundle.manifest is not None and (
+            settings.item_snapshot is None or self.items is not None
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Serving:
@@ -72,12 +78,20 @@ class Swapper:
     async def start(self) -> None:
         """Builds the first state, serves it, and begins to watch.
 
+        With `wait_for_bundle`, what is not there or is refused is waited for.
+
         Raises:
             BundleError, LogError: See `load_serving_state`.
         """
         sources = await asyncio.to_thread(self._look)
-        self._serve(await self._open(sources))
-        self._watcher = asyncio.create_task(self._watch())
+        refused: _Sources | None = None
+        if not self._settings.wait_for_bundle:
+            self._serve(await self._open(sources))
+        elif not sources.are_there(self._settings):
+            _log.info("not ready: no bundle at %s, or no items", self._settings.bundle)
+        elif not await self._try(sources, "bundle"):
+            refused = sources
+        self._watcher = asyncio.create_task(self._watch(refused))
 
     def request(self) -> None:
         """Asks for a whole new state even if no file has changed; returns at once."""
@@ -120,9 +134,8 @@ class Swapper:
         self._status.set_scorer(self._make_scorer(state, serving.batcher))
         self._serving = serving
 
-    async def _watch(self) -> None:
+    async def _watch(self, refused: _Sources | None) -> None:
         interval_s = self._settings.reload_poll_s or None
-        refused: _Sources | None = None
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(interval_s):
@@ -130,14 +143,17 @@ class Swapper:
             is_wanted = self._is_wanted.is_set()
             self._is_wanted.clear()
             found = await asyncio.to_thread(self._look)
-            assert self._serving is not None  # `start` has set it.
-            if is_wanted or found not in (self._serving.sources, refused):
-                is_whole = is_wanted or found.bundle != self._serving.sources.bundle
+            served = None if self._serving is None else self._serving.sources
+            if served is None and not found.are_there(self._settings):
+                continue
+            if is_wanted or found not in (served, refused):
+                is_whole = is_wanted or served is None or found.bundle != served.bundle
                 refused = (
                     None if await self._try(found, "bundle" if is_whole else "items") else found
                 )
 
     async def _try(self, found: _Sources, part: SwapPart) -> bool:
+        is_first = self._serving is None
         try:
             if part == "bundle":
                 await self._swap_all(found)
@@ -148,7 +164,8 @@ class Swapper:
         except Exception:  # noqa: BLE001 - the outer edge of the task: logged and counted
             _log.exception("nothing new could be loaded, what is in service stays")
         else:
-            self._status.metrics.swapped(part)
+            if not is_first:
+                self._status.metrics.swapped(part)
             return True
         self._status.metrics.swap_refused(part)
         return False
@@ -172,7 +189,9 @@ class Swapper:
         That is done when the last request has left it.
         """
         old = self._serving
-        assert old is not None  # `start` has set it.
+        if old is None:
+            self._serve(serving)
+            return
         is_left = asyncio.Event()
         leaving = weakref.finalize(
             self._status.require_scorer(),

@@ -45,7 +45,7 @@ def serve(
 
     Without CTR_STORE__URL a Redis server of its own keeps user records in CTR_STORE__DATA_DIR.
     """
-    from service.observe import configure_logging
+    from service.log_lines import configure_logging
 
     settings = load_settings(
         bundle=bundle, item_snapshot=items, host=host, port=port, workers=workers
@@ -55,8 +55,11 @@ def serve(
     configure_logging(settings.log_level)
     settings = _fit_to_cpu(settings)
 
+    # Whoever waits for a bundle is asked by others whether there is one: /readyz tells them.
+    state = "listening" if settings.wait_for_bundle else "ready"
+
     def announce(url: str) -> None:
-        click.echo(f"ctr serve: ready, POST {url}/score, documentation at {url}/docs", err=True)
+        click.echo(f"ctr serve: {state}, POST {url}/score, documentation at {url}/docs", err=True)
 
     with store_settings(settings) as complete:
         code = _serve(complete, announce)

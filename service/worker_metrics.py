@@ -2,7 +2,8 @@
 
 Each worker tells its own values over a unix socket in a directory that the workers share; the one
 that is asked puts them together. Counters and histograms are summed; gauges are told per worker,
-with a label `worker`. Recording stays as cheap as in one process.
+with a label `worker`; drift is made of the sums of what the workers have counted. Recording stays
+as cheap as in one process.
 
 Sums never go back. A worker writes what it is about to tell to a file first: the file stands in
 while it does not answer, and a worker started in its place goes on from it.
@@ -19,15 +20,25 @@ from typing import Self
 
 import msgspec
 
-from service.observe import Family, Metrics, render_families
+from service.drift import WindowCounts
+from service.exposition import Family, render_families, with_label
+from service.observe import Metrics
 
 _log = logging.getLogger(__name__)
 
 _ANSWER_LIMIT_S = 0.5
 _READY = "scoring_ready"
-_RESTARTS = "scoring_worker_restarts"
+_RESTARTS = "scoring_worker_restarts_total"
 
-_DECODER = msgspec.msgpack.Decoder(list[Family])
+
+class Told(msgspec.Struct, array_like=True):
+    """What a worker tells: all its values, and what its drift is made of."""
+
+    families: list[Family]
+    windows: list[WindowCounts]
+
+
+_DECODER = msgspec.msgpack.Decoder(Told)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +48,7 @@ class Report:
     worker: int
     is_live: bool
     families: Sequence[Family]
+    windows: Sequence[WindowCounts] = ()
 
 
 class WorkerMetrics:
@@ -87,14 +99,20 @@ class WorkerMetrics:
         others = [worker for worker in range(self._num_workers) if worker != self._worker]
         reports = await asyncio.gather(*map(self._ask, others))
         own = _DECODER.decode(await self._tell())
-        merged = merge([Report(self._worker, True, own), *reports])
+        reports = [Report(self._worker, True, own.families, own.windows), *reports]
+        # In one order whoever is asked: a sum that is smaller in its last bit is a reset to
+        # Prometheus, which then counts all of it once more.
+        reports.sort(key=lambda report: report.worker)
+        merged = merge(reports)
+        merged.append(self._metrics.drift(w for report in reports for w in report.windows))
         await asyncio.sleep(0)  # Each half holds the loop for milliseconds: requests go between.
         return render_families(merged)
 
     async def _tell(self) -> bytes:
         # In turn: what is told later is also what the file holds later.
         async with self._turn:
-            told = msgspec.msgpack.encode(add(self._before, self._metrics.families()))
+            families = add(self._before, self._metrics.families())
+            told = msgspec.msgpack.encode(Told(families, self._metrics.windows()))
             await asyncio.to_thread(self._write_last, told)
         return told
 
@@ -113,10 +131,10 @@ class WorkerMetrics:
             async with asyncio.timeout(_ANSWER_LIMIT_S):
                 reader, writer = await asyncio.open_unix_connection(self._socket(worker))
                 try:
-                    families = _DECODER.decode(await reader.read())
+                    told = _DECODER.decode(await reader.read())
                 finally:
                     writer.close()
-            return Report(worker, True, families)
+            return Report(worker, True, told.families, told.windows)
         except (TimeoutError, OSError, msgspec.MsgspecError) as exc:
             _log.warning("worker %d did not tell its metrics: %s", worker, type(exc).__name__)
         self._metrics.worker_silent()
@@ -127,7 +145,7 @@ class WorkerMetrics:
 
     def _read_last(self, worker: int) -> list[Family]:
         path = self._directory / f"{worker}.metrics"
-        return _DECODER.decode(path.read_bytes()) if path.exists() else []
+        return _DECODER.decode(path.read_bytes()).families if path.exists() else []
 
     def _write_last(self, told: bytes) -> None:
         path = self._directory / f"{self._worker}.metrics"
@@ -146,23 +164,27 @@ def merge(reports: Iterable[Report]) -> list[Family]:
 
 
 def add(*reports: Sequence[Family]) -> list[Family]:
-    """Sums equal samples of lists of families; order as they come."""
+    """Sums equal samples of lists of families; order as they come.
+
+    Of what all workers tell of one machine the largest counts: who is asked later knows more.
+    """
     families: dict[str, Family] = {}
-    # By family, name and labels: where the sample is. Labels come in one order from one program.
-    places: dict[tuple[object, ...], int] = {}
+    sums: dict[str, dict[str, float]] = {}
     for family in itertools.chain.from_iterable(reports):
-        known = families.get(family.name)
+        known = sums.get(family.name)
         if known is None:
-            known = families[family.name] = Family(family.name, family.text, family.kind, [])
-        samples = known.samples
-        for name, labels, value in family.samples:
-            key = (family.name, name, *labels.items())
-            place = places.setdefault(key, len(samples))
-            if place == len(samples):
-                samples.append((name, labels, value))
-            else:
-                samples[place] = (name, labels, samples[place][2] + value)
-    return list(families.values())
+            families[family.name] = family
+            sums[family.name] = dict(family.samples)
+        elif family.is_shared:
+            for series, value in family.samples:
+                known[series] = max(known.get(series, value), value)
+        else:
+            for series, value in family.samples:
+                known[series] = known.get(series, 0.0) + value
+    return [
+        Family(f.name, f.text, f.kind, list(sums[name].items()), f.is_shared)
+        for name, f in families.items()
+    ]
 
 
 def totals(families: Iterable[Family]) -> list[Family]:
@@ -171,9 +193,10 @@ def totals(families: Iterable[Family]) -> list[Family]:
 
 
 def _labelled(family: Family, report: Report) -> Family:
+    worker = str(report.worker)
     samples = [
-        (name, {**labels, "worker": str(report.worker)}, value if report.is_live else 0.0)
-        for name, labels, value in family.samples
-        if report.is_live or name == _READY
+        (with_label(series, "worker", worker), value if report.is_live else 0.0)
+        for series, value in family.samples
+        if report.is_live or family.name == _READY
     ]
     return Family(family.name, family.text, family.kind, samples)

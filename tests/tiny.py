@@ -320,6 +320,7 @@ def write(
     model: bytes | None = None,
     seed: int = 3,
     true_model: bytes | None = None,
+    histograms: bytes = b"{}",
 ) -> Path:
     """Writes the bundle and returns its directory; `model` replaces the one it is true for."""
     fitted = fitted_schema()
@@ -342,7 +343,7 @@ def write(
         files={
             SCHEMA: fitted.model_dump_json(by_alias=True).encode(),
             MODEL: true_model if model is None else model,
-            HISTOGRAMS: b"{}",
+            HISTOGRAMS: histograms,
             **golden_files(golden(encoder, true_model)),
         },
     )

@@ -48,7 +48,7 @@ class Served:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.lines.append(line)
-            found = re.match(r"ctr serve: ready, POST (http://\S+)/score", line)
+            found = re.match(r"ctr serve: (?:ready|listening), POST (http://\S+)/score", line)
             if found:
                 self.url = found[1]
                 self._is_ready.set()

@@ -197,3 +197,24 @@ def test_memory_is_flat_over_50_swaps(tmp_path: Path, tiny_bundle: Path, tiny_it
 
     assert sizes[-1] - sizes[9] < 20 << 20
     assert num_threads < 16
+
+
+def test_workers_that_wait_for_a_bundle_all_serve_it_once_it_is_there(
+    tmp_path: Path, tiny_bundle: Path, tiny_items: Path
+) -> None:
+    link, items = tmp_path / "current", tmp_path / "items.parquet"
+    late = QUIET | {"CTR_WAIT_FOR_BUNDLE": True, "CTR_RELOAD_POLL_S": 0.1, "CTR_WORKERS": 2}
+    with serving(tmp_path, link, items, **late) as served:
+        alive = httpx.get(f"{served.url}/healthz").status_code
+        before = httpx.get(f"{served.url}/readyz").status_code
+        shutil.copy(tiny_items, tmp_path / "part")
+        (tmp_path / "part").rename(items)
+        link.symlink_to(tiny_bundle)
+        ready = [f'scoring_ready{{worker="{worker}"}}' for worker in (0, 1)]
+        wait_until(lambda: [metric(served, series) for series in ready] == [1, 1])
+        score_on_new_connections(served, 4)
+        served.process.terminate()
+        code = served.wait()
+
+    assert (alive, before) == (200, 503)
+    assert code == 0

@@ -1,5 +1,6 @@
 import asyncio
 import json
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -30,9 +31,11 @@ from service.errors import (
     error_codes,
 )
 from service.features import Candidates
+from service.log_lines import JsonFormatter
 from service.openapi import ANSWER_EXAMPLE, COLUMNS_ANSWER_EXAMPLE, REQUEST_EXAMPLES
 from service.scorer import ScoreRequest, ScoreResult
-from service.settings import Settings
+from service.settings import HealthSettings, Settings
+from service.state import ServingState
 from service.status import ServiceStatus
 
 pytestmark = pytest.mark.anyio
@@ -347,8 +350,9 @@ class Refusing:
 
     model_wait_s = 0.0
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: Exception, state: ServingState) -> None:
         self.error = error
+        self.state = state
 
     async def score(self, request: ScoreRequest, *, deadline: float) -> ScoreResult:
         raise self.error
@@ -369,13 +373,90 @@ class Refusing:
 async def test_error_while_scoring_is_a_problem(
     running: RunningApp, error: Exception, status: int, code: str, retry_after: str | None
 ) -> None:
-    running.app.state.status.scorer = Refusing(error)
+    status_of_app = running.app.state.status
+    status_of_app.scorer = Refusing(error, status_of_app.scorer.state)
 
     response = await running.client.post("/score", json=BODY)
 
     problem = assert_problem(response, status, code)
     assert response.headers.get("retry-after") == retry_after
     assert "a bug" not in problem["detail"]
+
+
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+TRACE_HEADERS = {"traceparent": f"00-{TRACE}-b7ad6b7169203331-01", "tracestate": "congo=t61"}
+
+
+async def test_failed_request_is_logged_with_its_ids_and_trace(
+    running: RunningApp, caplog: pytest.LogCaptureFixture, tiny_bundle: Path
+) -> None:
+    status = running.app.state.status
+    status.scorer = Refusing(ZeroDivisionError("a bug"), status.scorer.state)
+
+    response = await running.client.post(
+        "/score", json={**BODY, "request_id": "page-1"}, headers=TRACE_HEADERS
+    )
+
+    (record,) = [r for r in caplog.records if r.name == "service.exchange"]
+    line = json.loads(JsonFormatter().format(record))
+    assert {name: line[name] for name in ("message", "level", "request_id", "bundle")} == {
+        "message": "request failed",
+        "level": "error",
+        "request_id": "page-1",
+        "bundle": tiny_bundle.name,
+    }
+    assert (line["trace_id"], line["parent_id"]) == (TRACE, "b7ad6b7169203331")
+    assert line["tracestate"] == "congo=t61"
+    assert response.json()["trace_id"] == TRACE
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content"),
+    [("POST", "/score", b"{"), ("GET", "/nothing", b""), ("PUT", "/score", b"")],
+)
+async def test_problem_names_the_trace_of_its_request(
+    client: httpx.AsyncClient, method: str, path: str, content: bytes
+) -> None:
+    response = await client.request(method, path, content=content, headers=TRACE_HEADERS)
+    broken = await client.request(
+        method, path, content=content, headers={"traceparent": f"00-{'0' * 32}-b7ad6b7169203331-01"}
+    )
+
+    assert response.json()["trace_id"] == TRACE
+    assert "trace_id" not in broken.json()
+
+
+async def test_no_value_of_a_request_is_logged(
+    running: RunningApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    secret = "secret-31"
+    bodies: list[dict[str, Any]] = [
+        {**BODY, "user_id": secret},
+        {**BODY, "user_features": {"age_band": secret, "trips": secret}},
+        {**BODY, "context": {"store_id": secret, "weather": secret}},
+        {**BODY, "candidates": [{"item_id": secret, "brand": secret, "price": secret}]},
+        {**BODY, "time": secret},
+    ]
+    for body in bodies:
+        await running.client.post("/score", json=body)
+
+    lines = [JsonFormatter().format(record) for record in caplog.records]
+    assert [line for line in lines if secret in line] == []
+
+
+async def test_healthy_requests_are_not_logged(
+    running: RunningApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    caplog.clear()
+
+    for path in ("/healthz", "/readyz", "/metrics"):
+        await running.client.get(path)
+    assert (await running.client.post("/score", json=BODY)).status_code == 200
+
+    # The server of these tests is not the service's, which has no access log.
+    assert [r.getMessage() for r in caplog.records if r.name.startswith("service")] == []
 
 
 async def test_request_id_of_the_header_comes_back(client: httpx.AsyncClient) -> None:
@@ -511,7 +592,38 @@ async def test_metrics_tell_what_happened(running: RunningApp, tiny_bundle: Path
     ):
         assert line in text
     assert f'scoring_bundle_info{{bundle="{tiny_bundle.name}"' in text
-    assert len(text.splitlines()) < 300
+    assert len(text.splitlines()) < 600
+
+
+async def test_metrics_tell_what_the_sampled_requests_were_like(
+    settings: Settings, start_app: StartApp
+) -> None:
+    sampled = settings.model_copy(update={"health": HealthSettings(sample_every=1)})
+    async with start_app(sampled) as app:
+        for _ in range(8):
+            await app.client.post("/score", json=BODY)
+        text = await metrics_text(app.client)
+
+    assert 'scoring_feature_values_total{feature="age_band"} 8.0' in text
+    # Of four candidates in eight requests one in eight, or nearly.
+    looked_at = re.search(r'scoring_feature_values_total{feature="brand"} (\d+)', text)
+    assert looked_at is not None
+    assert 2 <= int(looked_at[1]) <= 6
+    assert f'scoring_predicted_probability_count{{output="pctcvr"}} {looked_at[1]}.0' in text
+    assert re.search(r"^scoring_bundle_age_seconds \d", text, re.M)
+    assert re.search(r"^scoring_item_snapshot_age_seconds \d", text, re.M)
+
+
+async def test_nothing_is_sampled_if_that_is_so_set(
+    settings: Settings, start_app: StartApp
+) -> None:
+    unsampled = settings.model_copy(update={"health": HealthSettings(sample_every=0)})
+    async with start_app(unsampled) as app:
+        await app.client.post("/score", json=BODY)
+        text = await metrics_text(app.client)
+
+    assert "scoring_feature_values_total{" not in text
+    assert "scoring_predicted_probability_count" not in text
 
 
 async def test_concurrent_requests_are_batched_and_kept_apart(running: RunningApp) -> None:

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from service.admission import Admission
-from service.answers import JSON, Answer
+from service.answers import JSON, Answer, Headers
 from service.api import ARRIVED_AT
 from service.errors import Overloaded
 from service.exchange import ScoreExchange, Scoring
@@ -42,7 +42,10 @@ class Echo(ScoreExchange):
         self.may_answer.set()
         self.error: Exception | None = None
 
-    async def answer(self, head: Head, data: bytes | bytearray, *, request_id: str) -> Answer:
+    async def answer(
+        self, head: Head, data: bytes | bytearray, *, request_id: str, headers: Headers = ()
+    ) -> Answer:
+        self.headers = list(headers)
         self.heads.append(head)
         self.bodies.append(bytes(data))
         self.was_asked.set()

@@ -1,10 +1,18 @@
 import asyncio
+import contextlib
 import re
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny
 
-from service.observe import Family, Metrics
+from model.contract.blocks import Blocks, RequestBlock
+from model.contract.encode import Encoder
+from model.contract.histograms import FeatureHistograms, IdHistogram
+from service.exposition import Family
+from service.observe import Metrics
 from service.worker_metrics import Report, WorkerMetrics, merge
 
 pytestmark = pytest.mark.anyio
@@ -55,6 +63,20 @@ async def test_asked_by_many_at_once_it_tells_each(tmp_path: Path) -> None:
         texts = await asyncio.gather(*(w.render() for w in (first, second) for _ in range(20)))
 
     assert {value(text, "scoring_candidates_total") for text in texts} == {43}
+
+
+async def test_sum_is_the_same_to_the_last_bit_whoever_is_asked(tmp_path: Path) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        workers = []
+        for index, seconds in enumerate((0.1, 0.2, 0.0013)):  # The order shows in the last bit.
+            metrics = Metrics()
+            metrics.request_finished(outcome="ok", seconds=seconds)
+            opened = worker(tmp_path, index, metrics, num_workers=3)
+            workers.append(await stack.enter_async_context(opened))
+        texts = [await asked.render() for asked in workers]
+
+    sums = {value(text, 'scoring_request_seconds_sum{outcome="ok"}') for text in texts}
+    assert len(sums) == 1
 
 
 async def test_gauges_are_told_per_worker(tmp_path: Path) -> None:
@@ -115,13 +137,81 @@ async def test_text_is_that_of_one_process_if_there_is_one(tmp_path: Path) -> No
         text = await alone.render()
 
     gauges = re.compile(rb'\{worker="0"\}|,worker="0"')
-    assert gauges.sub(b"", text) == metrics.render()
+    assert unread(gauges.sub(b"", text)) == unread(metrics.render())
+
+
+def unread(text: bytes) -> list[bytes]:
+    """Without what is read from the kernel, which is never twice the same."""
+    kernel = (b"scoring_process_", b"scoring_cpu_")
+    return [line for line in text.splitlines() if not line.startswith(kernel)]
 
 
 def test_series_that_only_some_workers_have_are_kept() -> None:
-    first = Family("a", "", "counter", [("a_total", {"x": "1"}, 2.0)])
-    second = Family("a", "", "counter", [("a_total", {"x": "2"}, 3.0), ("a_total", {"x": "1"}, 5)])
+    first = Family("a", "", "counter", [('a_total{x="1"}', 2.0)])
+    second = Family("a", "", "counter", [('a_total{x="2"}', 3.0), ('a_total{x="1"}', 5)])
 
     (merged,) = merge([Report(0, True, [first]), Report(1, True, [second])])
 
-    assert merged.samples == [("a_total", {"x": "1"}, 7.0), ("a_total", {"x": "2"}, 3.0)]
+    assert merged.samples == [('a_total{x="1"}', 7.0), ('a_total{x="2"}', 3.0)]
+
+
+def test_what_all_workers_tell_of_the_machine_is_not_summed() -> None:
+    told = [
+        Report(worker, True, [Family("a", "", "counter", [("a_total", value)], is_shared=True)])
+        for worker, value in enumerate([2.0, 2.5, 2.25])
+    ]
+
+    (merged,) = merge(told)
+
+    assert merged.samples == [("a_total", 2.5)]
+
+
+async def test_process_figures_are_of_all_workers(tmp_path: Path) -> None:
+    metrics = Metrics()
+    metrics.connections_counted(lambda: 3)
+    metrics.loop_was_late(0.004)
+    other = Metrics()
+    other.loop_was_late(0.004)
+    async with worker(tmp_path, 0, metrics) as asked, worker(tmp_path, 1, other):
+        text = await asked.render()
+
+    cpu = value(text, "scoring_process_cpu_seconds_total")
+    assert cpu is not None
+    assert cpu > time.process_time()  # of two workers, which here are one process
+    assert value(text, 'scoring_open_connections{worker="0"}') == 3
+    assert value(text, 'scoring_open_connections{worker="1"}') is None
+    assert value(text, 'scoring_event_loop_lag_seconds_bucket{le="0.004"}') == 2
+    assert value(text, 'scoring_process_resident_bytes{worker="1"}') is not None
+
+
+async def test_drift_is_made_of_what_all_workers_have_counted(tmp_path: Path) -> None:
+    encoder = Encoder(tiny.fitted_schema())
+    trained = FeatureHistograms(
+        ids={"age_band": IdHistogram(codes=(3,), counts=(50,), other=50, missing=0, unknown=0)},
+        numbers={},
+    )
+    blocks = encoder.request_block({"age_band": ["25-34", "65+"]}, time=np.full(2, tiny.NOON))
+    no_candidates = encoder.candidate_block({}, time=np.empty(0))
+    both = []
+    for row, times in ((0, 400), (1, 100)):
+        metrics = Metrics()
+        sampler = metrics.make_sampler("b", encoder, trained, every=1, window_s=3600)
+        request = RequestBlock(
+            ids=blocks.ids[row : row + 1],
+            dense=blocks.dense[row : row + 1],
+            history=blocks.history[row : row + 1],
+        )
+        for _ in range(times):
+            sampler.take(
+                Blocks(request=request, candidate=no_candidates, request_of=np.empty(0, np.int64)),
+                {},
+            )
+        both.append(metrics)
+    async with worker(tmp_path, 0, both[0]) as asked, worker(tmp_path, 1, both[1]):
+        text = await asked.render()
+
+    # 50 % and 50 % in training, 80 % and 20 % in the 500 requests of both workers.
+    index = value(text, 'scoring_feature_drift{feature="age_band"}')
+    assert index == pytest.approx(0.4159, abs=1e-4)
+    assert value(text, 'scoring_feature_values_total{feature="age_band"}') == 500
+    assert b"scoring_feature_drift{" not in both[0].render()
