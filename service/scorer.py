@@ -72,6 +72,8 @@ class ScoreResult:
         outputs: Probabilities by output name, float32 [N].
         is_known: bool [N], False for items that are not in the item table.
         is_finite: bool [N], False where an output is NaN or infinite.
+        time: Unix seconds at which the user's events were looked at.
+        record: Bytes of the user record that was used, if one was.
     """
 
     bundle_id: str
@@ -82,12 +84,15 @@ class ScoreResult:
     outputs: Outputs
     is_known: npt.NDArray[np.bool_]
     is_finite: npt.NDArray[np.bool_]
+    time: float
+    record: bytes | None
 
 
 @dataclass(frozen=True, slots=True)
 class _User:
     record: UserRecord | None
     status: UserStatus
+    data: bytes | None = None
 
 
 class Scorer:
@@ -160,6 +165,8 @@ class Scorer:
             outputs=outputs,
             is_known=encoded.is_known,
             is_finite=is_finite,
+            time=request_time,
+            record=user.data,
         )
 
     async def _find_user(self, user_id: str, deadline: float) -> _User:
@@ -174,7 +181,7 @@ class Scorer:
                     data = await self._store.get(user_id)
             if data is None:
                 return _User(None, "unknown")
-            return _User(unpack_record(data), "ok")
+            return _User(unpack_record(data), "ok", data)
         except TimeoutError:
             self._metrics.store_failed(StoreTimeout())
         except StoreError as exc:
