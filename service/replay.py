@@ -1,7 +1,7 @@
 """Scores logged requests again, by any bundle, and compares with what was answered."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import polars as pl
 
 from model.contract.errors import LogError, RecordError
 from model.contract.record import unpack_record
+from service.distance import Bounds, Distance, distance, reasons_against
 from service.errors import InvalidRequest
 from service.features import Candidates, GivenColumn
 from service.parquet import reading
@@ -19,27 +20,10 @@ from service.request_log import COLUMNS, LoggedColumn, log_files
 from service.runtime import Outputs
 from service.state import ServingState
 
-_TOP = 10
+_Values = npt.NDArray[np.float32]
 
 _COLUMNS = msgspec.json.Decoder(dict[str, LoggedColumn])
 _VALUES = msgspec.json.Decoder(dict[str, Any])  # Any: JSON values
-
-
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """What became of one output, over all candidates scored again.
-
-    Attributes:
-        mean_logged: Mean of what was answered.
-        mean_replayed: Mean of what this bundle says.
-        mean_absolute: Mean distance of the two.
-        max_absolute: Largest distance.
-    """
-
-    mean_logged: float
-    mean_replayed: float
-    mean_absolute: float
-    max_absolute: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,59 +35,28 @@ class Replayed:
         num_candidates: Of them.
         num_refused: Requests that do not fit the bundle's schema.
         first_refusal: Why the first of them was.
-        differences: By name of an output that both have; empty without a request.
-        top_overlap: Mean share of the ten best candidates by the last output that are the same,
-            over requests of more than ten; None without one.
+        distances: By name of an output that both have; empty without a request.
     """
 
     num_requests: int
     num_candidates: int
     num_refused: int
     first_refusal: str | None
-    differences: dict[str, Difference]
-    top_overlap: float | None
+    distances: dict[str, Distance]
 
-
-@dataclass
-class _Sums:
-    logged: float = 0.0
-    replayed: float = 0.0
-    absolute: float = 0.0
-    largest: float = 0.0
-
-
-@dataclass
-class _Tally:
-    sums: dict[str, _Sums] = field(default_factory=dict)
-    overlaps: list[float] = field(default_factory=list)
-    num_requests: int = 0
-    num_candidates: int = 0
-
-    def add(self, logged: Outputs, replayed: Outputs) -> None:
-        names = [name for name in replayed if name in logged]
-        for name in names:
-            # NaN where the answer had null; a distance to it is NaN, and so seen.
-            before, after = logged[name].astype(np.float64), replayed[name].astype(np.float64)
-            sums = self.sums.setdefault(name, _Sums())
-            distance = np.abs(before - after)
-            sums.logged += float(before.sum())
-            sums.replayed += float(after.sum())
-            sums.absolute += float(distance.sum())
-            sums.largest = float(np.maximum(sums.largest, distance.max()))
-        num_rows = len(replayed[names[-1]])
-        if num_rows > _TOP:
-            best = [
-                set(np.argsort(-o[names[-1]], kind="stable")[:_TOP]) for o in (logged, replayed)
-            ]
-            self.overlaps.append(len(best[0] & best[1]) / _TOP)
-        self.num_requests += 1
-        self.num_candidates += num_rows
+    def reasons_against(self, bounds: Bounds) -> list[str]:
+        """Why this bundle should not take the place of the one that answered; none if it may."""
+        reasons = reasons_against(self.distances, bounds)
+        if self.num_refused:
+            total = self.num_requests + self.num_refused
+            reasons.append(f"{self.num_refused} of {total} requests do not fit its schema")
+        return reasons
 
 
 def replay(
     path: Path, state: ServingState, *, on_progress: Callable[[int], None] | None = None
 ) -> Replayed:
-    """Scores every request of a log.
+    """Scores every request of a log; keeps all probabilities in memory.
 
     Args:
         path: A file of the log, or its directory.
@@ -116,34 +69,34 @@ def replay(
             id as a feature.
     """
     _require_no_user_id(state)
-    tally, refusals = _Tally(), 0
-    first_refusal: str | None = None
+    refusals: list[str] = []
+    lengths: list[int] = []
+    pairs: dict[str, tuple[list[_Values], list[_Values]]] = {}
     for num_seen, row in enumerate(_rows(path), start=1):
         try:
             replayed = _score(row, state)
         except (InvalidRequest, RecordError) as exc:
-            refusals += 1
-            first_refusal = first_refusal or str(exc)
+            refusals.append(str(exc))
         else:
-            tally.add(_logged(row, state), replayed)
+            lengths.append(len(row["item_ids"]))
+            for name, after in replayed.items():
+                if name in row:
+                    before, afters = pairs.setdefault(name, ([], []))
+                    # In an answer null, here NaN: so are the distances.
+                    before.append(np.array(row[name], np.float32))
+                    afters.append(after)
         if on_progress is not None:
             on_progress(num_seen)
-    num_rows = tally.num_candidates
+    ends = np.cumsum(lengths, dtype=np.int64)
     return Replayed(
-        num_requests=tally.num_requests,
-        num_candidates=num_rows,
-        num_refused=refusals,
-        first_refusal=first_refusal,
-        differences={
-            name: Difference(
-                mean_logged=sums.logged / num_rows,
-                mean_replayed=sums.replayed / num_rows,
-                mean_absolute=sums.absolute / num_rows,
-                max_absolute=sums.largest,
-            )
-            for name, sums in tally.sums.items()
+        num_requests=len(lengths),
+        num_candidates=sum(lengths),
+        num_refused=len(refusals),
+        first_refusal=refusals[0] if refusals else None,
+        distances={
+            name: distance(*(np.concatenate(v).astype(np.float64) for v in pair), ends=ends)
+            for name, pair in pairs.items()
         },
-        top_overlap=float(np.mean(tally.overlaps)) if tally.overlaps else None,
     )
 
 
@@ -201,8 +154,3 @@ def _score(row: dict[str, Any], state: ServingState) -> Outputs:
         record=None if row["record"] is None else unpack_record(row["record"]),
     )
     return state.runtime.run(encoded.blocks)
-
-
-def _logged(row: dict[str, Any], state: ServingState) -> dict[str, npt.NDArray[np.float32]]:
-    names = state.manifest.outputs
-    return {name: np.array(row[name], np.float32) for name in names if name in row}

@@ -6,14 +6,20 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 from rich.table import Table
 
 from model.contract.ids import canonical_id
+from service.cli import EXIT_GATE
+from service.distance import Bounds, Distance
 from service.settings import Settings, load_settings
 from service.verbs import progress_bar, store_settings
+
+if TYPE_CHECKING:
+    from service.replay import Replayed
 
 _PATH = click.Path(path_type=Path)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -23,11 +29,19 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 @click.argument("log", type=_PATH)
 @click.option("--bundle", type=_PATH, help="Bundle directory (CTR_BUNDLE).")
 @click.option("--items", type=_PATH, help="Item snapshot, Parquet (CTR_ITEM_SNAPSHOT).")
+@click.option("--max-psi", type=float, default=Bounds.max_psi, show_default=True)
+@click.option("--max-mean-ratio", type=float, default=Bounds.max_mean_ratio, show_default=True)
+@click.option(
+    "--min-rank-correlation", type=float, default=Bounds.min_rank_correlation, show_default=True
+)
 @_JSON
-def replay(log: Path, bundle: Path | None, items: Path | None, as_json: bool) -> None:
+def replay(
+    log: Path, bundle: Path | None, items: Path | None, as_json: bool, **bounds: float
+) -> None:
     """Score the requests of a log (a file, or its directory) again, and show differences.
 
-    With the bundle and the items that were served, every difference is 0.
+    With the bundle and the items that were served, every difference is 0. A bundle that lies
+    further from what was answered than the bounds allow is a no-go, and the exit code is 4.
     """
     from service.replay import count_requests
     from service.replay import replay as run_replay
@@ -52,21 +66,28 @@ def replay(log: Path, bundle: Path | None, items: Path | None, as_json: bool) ->
             )
     finally:
         state.runtime.close()
+    reasons = found.reasons_against(Bounds(**bounds))
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(found)))
-        return
-    table = Table("output", "mean logged", "mean replayed", "mean |difference|", "largest")
-    for name, d in found.differences.items():
-        cells = (d.mean_logged, d.mean_replayed, d.mean_absolute, d.max_absolute)
-        table.add_row(name, *(f"{value:.3g}" for value in cells))
+        content = {**dataclasses.asdict(found), "is_go": not reasons, "reasons": reasons}
+        click.echo(json.dumps(content))
+    else:
+        _show(found, reasons)
+    if reasons:
+        sys.exit(EXIT_GATE)
+
+
+def _show(found: "Replayed", reasons: list[str]) -> None:
+    names = [field.name for field in dataclasses.fields(Distance)]
+    table = Table("", *found.distances)
+    for name in names:
+        values = (getattr(distance, name) for distance in found.distances.values())
+        cells = ("" if value is None else f"{value:.3g}" for value in values)
+        table.add_row(name.replace("_", " "), *cells)
     Console().print(table)
     click.echo(f"{found.num_requests:,} requests, {found.num_candidates:,} candidates")
-    if found.top_overlap is not None:
-        click.echo(f"of the ten best of a request, {found.top_overlap:.1%} are the same")
     if found.num_refused:
-        click.echo(
-            f"{found.num_refused:,} do not fit this bundle, the first: {found.first_refusal}"
-        )
+        click.echo(f"the first that does not fit: {found.first_refusal}")
+    click.echo("no-go: " + "; ".join(reasons) if reasons else "go")
 
 
 @click.command()

@@ -19,6 +19,7 @@ from model.contract.errors import LogError
 from model.contract.record import pack_record
 from service import request_log
 from service.cli import cli
+from service.distance import Bounds
 from service.errors import StoreUnavailable
 from service.features import Candidates
 from service.observe import Metrics
@@ -129,11 +130,13 @@ async def test_replay_by_the_same_bundle_differs_by_nothing(
         for b in BODIES
     )
     assert (found.num_refused, found.first_refusal) == (0, None)
-    assert set(found.differences) == set(state.manifest.outputs)
-    for difference in found.differences.values():
-        assert difference.max_absolute == 0
-        assert difference.mean_logged == difference.mean_replayed > 0
-    assert found.top_overlap == 1
+    assert set(found.distances) == set(state.manifest.outputs)
+    for distance in found.distances.values():
+        assert (distance.max_absolute, distance.psi, distance.ks) == (0, 0, 0)
+        assert distance.mean_before == distance.mean_after > 0
+        assert distance.top_overlap == 1
+        assert distance.rank_correlation == pytest.approx(1)
+    assert found.reasons_against(Bounds()) == []
 
 
 async def test_replay_by_another_bundle_shows_by_how_much(
@@ -143,10 +146,11 @@ async def test_replay_by_another_bundle_shows_by_how_much(
 
     found = replay(log, state)
 
-    for difference in found.differences.values():
-        assert difference.max_absolute > difference.mean_absolute > 1e-4
-    assert found.top_overlap is not None
-    assert found.top_overlap < 1
+    for distance in found.distances.values():
+        assert distance.max_absolute > distance.mean_absolute > 1e-4
+        assert distance.top_overlap is not None
+        assert distance.top_overlap < 1
+    assert found.reasons_against(Bounds(max_mean_ratio=1.0)) != []
 
 
 async def test_replay_counts_what_does_not_fit_the_schema(
@@ -158,10 +162,11 @@ async def test_replay_counts_what_does_not_fit_the_schema(
 
     found = replay(log, load_serving_state(tiny_bundle, tiny_items, batch=settings.batch))
 
-    assert found.num_requests == 0
-    assert found.num_refused == 2 * len(BODIES)
+    n = 2 * len(BODIES)
+    assert (found.num_requests, found.num_refused) == (0, n)
     assert found.first_refusal is not None
-    assert found.differences == {}
+    assert found.distances == {}
+    assert found.reasons_against(Bounds()) == [f"{n} of {n} requests do not fit its schema"]
 
 
 async def test_answer_without_a_record_is_replayed_without_it(
@@ -179,7 +184,7 @@ async def test_answer_without_a_record_is_replayed_without_it(
     state = load_serving_state(tiny_bundle, tiny_items, batch=logging_settings.batch)
     found = replay(directory, state)
     assert (row["user_status"], row["record"]) == ("degraded", None)
-    assert all(d.max_absolute == 0 for d in found.differences.values())
+    assert all(d.max_absolute == 0 for d in found.distances.values())
 
 
 async def test_nothing_is_logged_without_a_directory(
@@ -359,10 +364,22 @@ async def test_replay_verb_shows_differences(
 
     found = json.loads(told.stdout)
     assert found["num_requests"] == 2 * len(BODIES)
-    assert all(d["max_absolute"] == 0 for d in found["differences"].values())
+    assert all(d["max_absolute"] == 0 for d in found["distances"].values())
+    assert found["is_go"] is True
     assert "pctcvr" in shown.stdout
     assert f"{2 * len(BODIES)} requests" in shown.stdout
-    assert "100.0% are the same" in shown.stdout
+    assert shown.stdout.splitlines()[-1] == "go"
+
+
+async def test_replay_verb_says_no_go_beyond_a_bound(
+    log: Path, tiny_bundle: Path, tiny_items: Path
+) -> None:
+    where = (log, "--bundle", tiny_bundle, "--items", tiny_items)
+
+    told = ctr("replay", *where, "--max-psi", "-1")
+
+    assert told.exit_code == 4
+    assert told.stdout.splitlines()[-1].startswith("no-go: pctr: psi 0.000 is above -1")
 
 
 def test_replay_of_no_log_is_an_error(tmp_path: Path, tiny_bundle: Path) -> None:
