@@ -86,7 +86,14 @@ def create_app(
     gate = _make_gate(status, settings)
     exchange = ScoreExchange(status, limits=settings.limits, gate=gate, request_log=request_log)
     app.state.scoring = Scoring(exchange=exchange, gate=gate, status=status, new_id=_new_request_id)
-    add_routes(app, status, exchange=exchange, limits=settings.limits, new_id=_new_request_id)
+    add_routes(
+        app,
+        status,
+        exchange=exchange,
+        gate=gate,
+        limits=settings.limits,
+        new_id=_new_request_id,
+    )
     return app
 
 
