@@ -23,15 +23,18 @@ from service.answers import (
 from service.errors import DeadlineExceeded, ServiceError
 from service.exchange import Disconnected, ScoreExchange
 from service.exposition import CONTENT_TYPE
-from service.gate import Head
+from service.gate import Gate, Head
 from service.openapi import openapi_document
 from service.settings import LimitSettings
 from service.status import ServiceStatus
-from service.wire import encode_json, too_large
+from service.wire import encode_explanation, encode_json, parse_body, too_large
 
 # Key of a request's state: when it reached this machine, in `time.monotonic`. Set by a protocol
 # that has asked the gate already.
 ARRIVED_AT = "arrived_at"
+
+# Candidates of one request: the model is asked about each as often as there are features.
+MAX_EXPLAINED = 20
 
 _CODES_BY_STATUS = {404: "not_found", 405: "method_not_allowed"}
 
@@ -49,7 +52,7 @@ class ScoreEndpoint:
         state = scope["state"]
 
         async def read_body(head: Head) -> bytes | bytearray:
-            return await self._read_body(receive, head)
+            return await _read_body(receive, head, self._limits)
 
         try:
             answer = await self._exchange.receive_and_answer(
@@ -64,27 +67,6 @@ class ScoreEndpoint:
         start = {"type": "http.response.start", "status": answer.status}
         await send({**start, "headers": answer.all_headers()})
         await send({"type": "http.response.body", "body": answer.body})
-
-    async def _read_body(self, receive: Receive, head: Head) -> bytes | bytearray:
-        limit = self._limits.body_limit_bytes
-        if head.body_bytes > limit:
-            raise too_large(self._limits)
-        deadline = head.arrived_at + self._limits.max_timeout_ms / 1000
-        data = bytearray()
-        try:
-            async with asyncio.timeout_at(deadline):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise Disconnected
-                    data += message.get("body", b"")
-                    if len(data) > limit or not message.get("more_body", False):
-                        break
-        except TimeoutError as exc:
-            raise DeadlineExceeded("the request body did not arrive in time") from exc
-        if len(data) > limit:
-            raise too_large(self._limits)
-        return data
 
 
 class RequestIdMiddleware:
@@ -129,6 +111,7 @@ def add_routes(
     status: ServiceStatus,
     *,
     exchange: ScoreExchange,
+    gate: Gate,
     limits: LimitSettings,
     new_id: Callable[[], str],
 ) -> None:
@@ -136,6 +119,20 @@ def add_routes(
     endpoint = ScoreEndpoint(exchange, limits=limits)
     app.router.routes.append(Route("/score", endpoint, methods=["POST"]))
     app.add_middleware(RequestIdMiddleware, status=status, new_id=new_id)
+
+    @app.post("/explain", include_in_schema=False)
+    async def explain(request: Request) -> Response:
+        head = gate.read_head(request.headers.raw, arrived_at=None)
+        gate.check(head)
+        data = await _read_body(request.receive, head, limits)
+        body = parse_body(data, limits=limits.model_copy(update={"max_candidates": MAX_EXPLAINED}))
+        request_id = body.request_id or request.scope["state"]["request_id"]
+        request.scope["state"]["request_id"] = request_id
+        named = [ms for ms in (head.timeout_ms, body.timeout_ms) if ms is not None]
+        deadline = head.arrived_at + min(named, default=limits.timeout_ms) / 1000
+        explanation = await status.require_scorer().explain(body.request, deadline=deadline)
+        content = encode_explanation(explanation, request_id=request_id)
+        return Response(content, media_type="application/json")
 
     @app.get("/healthz", include_in_schema=False)
     async def healthz() -> Response:
@@ -179,6 +176,28 @@ def add_routes(
         return _problem_response(request.scope, ServiceError("see the service's log"))
 
     app.openapi = openapi_document  # type: ignore[method-assign]  # FastAPI's documented way
+
+
+async def _read_body(receive: Receive, head: Head, limits: LimitSettings) -> bytes | bytearray:
+    limit = limits.body_limit_bytes
+    if head.body_bytes > limit:
+        raise too_large(limits)
+    deadline = head.arrived_at + limits.max_timeout_ms / 1000
+    data = bytearray()
+    try:
+        async with asyncio.timeout_at(deadline):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise Disconnected
+                data += message.get("body", b"")
+                if len(data) > limit or not message.get("more_body", False):
+                    break
+    except TimeoutError as exc:
+        raise DeadlineExceeded("the request body did not arrive in time") from exc
+    if len(data) > limit:
+        raise too_large(limits)
+    return data
 
 
 def _problem_response(scope: Scope, error: ServiceError) -> Response:

@@ -18,6 +18,7 @@ from service.gate import Gate
 from service.item_files import ItemOpener, open_in_memory
 from service.loop_lag import LagProbe
 from service.observe import Metrics
+from service.request_log import RequestLog
 from service.runtime import Outputs
 from service.sampler import Sampler
 from service.scorer import Scorer
@@ -58,9 +59,10 @@ def create_app(
         StoreMisconfigured: Neither a store nor its URL is given, or the URL is not understood.
             The lifespan raises it for a wrong password, and the errors of `load_serving_state`.
     """
-    store = _store_of(settings) if store is None else store
+    store = _make_store(settings) if store is None else store
     metrics = Metrics(registry)
     status = ServiceStatus(metrics)
+    request_log = _make_request_log(settings, metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -68,6 +70,8 @@ def create_app(
             if share_metrics is not None:
                 shared = await stack.enter_async_context(share_metrics(metrics))
                 status.render_metrics = shared.render
+            if request_log is not None:
+                await stack.enter_async_context(request_log)
             stack.push_async_callback(store.aclose)
             await _check_store(store)
             if settings.bundle is not None:
@@ -83,19 +87,32 @@ def create_app(
     app.state.status = status
     app.state.reload = lambda: None
     gate = _make_gate(status, settings)
-    exchange = ScoreExchange(status, limits=settings.limits, gate=gate)
+    exchange = ScoreExchange(status, limits=settings.limits, gate=gate, request_log=request_log)
     app.state.scoring = Scoring(exchange=exchange, gate=gate, status=status, new_id=_new_request_id)
-    add_routes(app, status, exchange=exchange, limits=settings.limits, new_id=_new_request_id)
+    add_routes(
+        app,
+        status,
+        exchange=exchange,
+        gate=gate,
+        limits=settings.limits,
+        new_id=_new_request_id,
+    )
     return app
 
 
-def _store_of(settings: Settings) -> OnlineStore:
+def _make_store(settings: Settings) -> OnlineStore:
     if settings.store.url is None:
         raise StoreMisconfigured(
             "CTR_STORE__URL is not set and no store was given (`ctr serve` starts a Redis of "
             "its own; memory:// holds nothing)"
         )
     return open_store(settings.store.url.get_secret_value(), settings.store)
+
+
+def _make_request_log(settings: Settings, metrics: Metrics) -> RequestLog | None:
+    if settings.request_log.dir is None:
+        return None
+    return RequestLog(settings.request_log, metrics=metrics)
 
 
 def _make_gate(status: ServiceStatus, settings: Settings) -> Gate:

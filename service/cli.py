@@ -39,6 +39,8 @@ VERBS = {
     ),
     "serve": ("service.verbs:serve", "Answer POST /score from a bundle"),
     "score": ("service.verbs:score", "Score one request from a file, without a server"),
+    "replay": ("service.verbs_log:replay", "Score logged requests again, by any bundle"),
+    "forget": ("service.verbs_log:forget", "Delete a user's record and logged requests"),
     "bench": ("loadtest.bench:bench", "CPU time of each part of a request, alone"),
     "load": ("loadtest.verb:load", "Put load on a service and measure what its callers see"),
 }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from service.answers import JSON, Answer, Headers, problem_answer
 from service.errors import DeadlineExceeded, ServiceError, StoreError
 from service.gate import Gate, Head
+from service.request_log import RequestLog
 from service.settings import LimitSettings
 from service.status import ServiceStatus
 from service.trace_context import trace_context_of
@@ -37,12 +38,20 @@ class _Call:
 class ScoreExchange:
     """Answers requests, whatever brings them, and counts what became of each."""
 
-    def __init__(self, status: ServiceStatus, *, limits: LimitSettings, gate: Gate) -> None:
-        """Takes what it answers from, and who decides which requests are let in."""
+    def __init__(
+        self,
+        status: ServiceStatus,
+        *,
+        limits: LimitSettings,
+        gate: Gate,
+        request_log: RequestLog | None = None,
+    ) -> None:
+        """Takes what it answers from, who decides which requests are let in, and who keeps some."""
         self._status = status
         self._gate = gate
         self._metrics = status.metrics
         self._limits = limits
+        self._request_log = request_log
 
     async def answer(
         self, head: Head, data: bytes | bytearray, *, request_id: str, headers: Headers = ()
@@ -136,6 +145,8 @@ class ScoreExchange:
             self._gate.admission.leave(work)
         call.outcome = "degraded" if result.degraded else "ok"
         call.num_scored = len(result.item_ids)
+        if self._request_log is not None:
+            self._request_log.offer(call.request_id, body.request, result)
         return answer
 
 

@@ -108,7 +108,7 @@ class FeatureSource:
         self._matches = tuple(enumerate(matches))
         self._match_names = tuple(f.name for f in matches)
         self._match_attributes = {f.attribute for f in matches}
-        self._has_user_id = schema.log.user_id in self._user_columns
+        self.reads_user_id = schema.log.user_id in self._user_columns
         self.uses_store = any(f.source == "store" for f in given)
 
     def encode(
@@ -148,7 +148,7 @@ class FeatureSource:
             for name, entries in record.histories.items():
                 if name in self._stored_histories:
                     histories[name] = _stored_history(entries)
-        if self._has_user_id:
+        if self.reads_user_id:
             values[self._encoder.schema.log.user_id] = user_id
         self._add_given(context, self._context_columns, values, histories, ignored)
         self._add_given(user_features, self._user_columns, values, histories, ignored)
@@ -200,7 +200,7 @@ class FeatureSource:
             path = f"user_features.{name}"
         elif name in context and name in self._context_columns:
             path = f"context.{name}"
-        elif self._has_user_id and name == self._encoder.schema.log.user_id:
+        elif self.reads_user_id and name == self._encoder.schema.log.user_id:
             path = "user_id"
         elif name == "time" and name not in values:
             path = "time"

@@ -28,6 +28,7 @@ from service.values import Info, Readings, Value, Values
 Stage = Literal["parse", "features", "encode", "queue", "run", "respond"]
 DegradedReason = Literal["user_features", "stale_user_features"]
 SwapPart = Literal["bundle", "items"]
+NotLoggedReason = Literal["queue_full", "write_failed"]
 
 _MS = 1e-3
 _LATENCY_BUCKETS_S = tuple(
@@ -239,6 +240,14 @@ class Metrics:
         """What should have been put in service is damaged or does not fit."""
         self._swap_refusals[part].inc()
 
+    def requests_logged(self, count: int) -> None:
+        """Requests of the sample are in a file of the request log."""
+        self._logged_requests.inc(count)
+
+    def requests_not_logged(self, count: int, *, reason: NotLoggedReason) -> None:
+        """Requests of the sample are lost to the request log."""
+        self._not_logged[reason].inc(count)
+
     def worker_restarted(self, times: int) -> None:
         """This process stands for a worker that has ended `times` times."""
         self._worker_restarts.inc(times)
@@ -359,6 +368,15 @@ class Metrics:
         )
         self._swap_refusals = self._counters(
             "swaps_refused", "Bundles or items not put in service", "part", parts
+        )
+        self._logged_requests = self._counter(
+            "logged_requests", "Requests of the sample that are in the request log"
+        )
+        self._not_logged = self._counters(
+            "not_logged_requests",
+            "Requests of the sample that the request log could not keep",
+            "reason",
+            get_args(NotLoggedReason),
         )
         self._worker_restarts = self._counter(
             "worker_restarts", "Workers started again after they had ended"

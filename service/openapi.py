@@ -237,6 +237,7 @@ def openapi_document() -> _Json:
         },
         "paths": {
             "/score": {"post": _score()},
+            "/explain": {"post": _explain()},
             "/healthz": {"get": _plain("Whether the process is alive", {"200": "It is."})},
             "/readyz": {
                 "get": _plain(
@@ -297,6 +298,47 @@ def _score() -> _Json:
             "500": _problem("The model failed on this request, or the service has a bug."),
             "503": _problem("Not ready, overloaded (see Retry-After), or shutting down."),
             "504": _problem("Not finished within the time-out."),
+        },
+    }
+
+
+def _explain() -> _Json:
+    scored = _score()
+    item = _ANSWER["properties"]["items"]["items"]
+    contributions = {
+        "type": "object",
+        "description": "By output and feature, largest first: by how much the logit is higher than "
+        "without the feature.",
+        "additionalProperties": {
+            "type": "object",
+            "additionalProperties": {"type": ["number", "null"]},
+        },
+    }
+    answer = {
+        **_ANSWER,
+        "properties": {
+            **{name: value for name, value in _ANSWER["properties"].items() if name != "columns"},
+            "items": {
+                "type": "array",
+                "items": {
+                    **item,
+                    "required": [*item["required"], "contributions"],
+                    "properties": {**item["properties"], "contributions": contributions},
+                },
+            },
+        },
+    }
+    del answer["oneOf"]
+    return {
+        **scored,
+        "summary": "Say what each feature adds to the probabilities of a few candidates",
+        "operationId": "explain",
+        "responses": {
+            **scored["responses"],
+            "200": {
+                "description": "Scored as by /score, in rows, with contributions.",
+                "content": {"application/json": {"schema": answer}},
+            },
         },
     }
 

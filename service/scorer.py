@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from service.errors import (
     StoreError,
     StoreTimeout,
 )
+from service.explain import Explainer
 from service.features import Candidates, EncodedRequest, Id
 from service.observe import Metrics
 from service.runtime import Outputs
@@ -73,6 +74,8 @@ class ScoreResult:
         outputs: Probabilities by output name, float32 [N].
         is_known: bool [N], False for items that are not in the item table.
         is_finite: bool [N], False where an output is NaN or infinite.
+        time: Unix seconds at which the user's events were looked at.
+        record: Bytes of the user record that was used, if one was.
     """
 
     bundle_id: str
@@ -83,12 +86,37 @@ class ScoreResult:
     outputs: Outputs
     is_known: npt.NDArray[np.bool_]
     is_finite: npt.NDArray[np.bool_]
+    time: float
+    record: bytes | None
 
 
 @dataclass(frozen=True, slots=True)
 class _User:
     record: UserRecord | None
     status: UserStatus
+    data: bytes | None = None
+
+
+class _Prepared(NamedTuple):
+    user: _User
+    encoded: EncodedRequest
+    time: float
+    user_status: UserStatus
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Explanation:
+    """A result, and what made it.
+
+    Attributes:
+        result: As `Scorer.score` gives it.
+        features: Names.
+        contributions: By output name, logits float64 [N, features]; see `service.explain`.
+    """
+
+    result: ScoreResult
+    features: Sequence[str]
+    contributions: Mapping[str, npt.NDArray[np.float64]]
 
 
 class Scorer:
@@ -141,6 +169,37 @@ class Scorer:
             DeadlineExceeded: The deadline passed first.
             ServiceError: What `MicroBatcher.submit` raises; never a `StoreError`.
         """
+        prepared = await self._prepare(request, deadline)
+        blocks = prepared.encoded.blocks
+        outputs = await self._batcher.submit(blocks, deadline)
+        if self._sampler is not None and self._sampler.is_due():
+            self._sampler.take(blocks, outputs)
+        return self._result(request, prepared, outputs)
+
+    async def explain(self, request: ScoreRequest, *, deadline: float) -> Explanation:
+        """Scores a request of few candidates, and says what each feature adds.
+
+        Args:
+            request: As for `score`.
+            deadline: As for `score`.
+
+        Raises:
+            ServiceError: As for `score`.
+        """
+        prepared = await self._prepare(request, deadline)
+        explainer = Explainer(self.state.encoder, self.state.items)
+        blocks = prepared.encoded.blocks
+        questions = explainer.questions(blocks, time=prepared.time)
+        answers = await self._batcher.submit(questions, deadline)
+        return Explanation(
+            result=self._result(
+                request, prepared, {name: values[: len(blocks)] for name, values in answers.items()}
+            ),
+            features=explainer.features,
+            contributions=explainer.contributions(answers),
+        )
+
+    async def _prepare(self, request: ScoreRequest, deadline: float) -> _Prepared:
         if deadline <= asyncio.get_running_loop().time():
             raise DeadlineExceeded("the deadline had passed before the request was looked at")
         user_id = _canonical_user_id(request.user_id)
@@ -151,10 +210,10 @@ class Scorer:
         self._metrics.stage_finished(stage="features", seconds=looked_up_at - started_at)
         user, encoded = self._encode(request, request_time, user)
         self._metrics.stage_finished(stage="encode", seconds=time.perf_counter() - looked_up_at)
-        user_status = self._judge_user(user, request_time)
-        outputs = await self._batcher.submit(encoded.blocks, deadline)
-        if self._sampler is not None and self._sampler.is_due():
-            self._sampler.take(encoded.blocks, outputs)
+        return _Prepared(user, encoded, request_time, self._judge_user(user, request_time))
+
+    def _result(self, request: ScoreRequest, prepared: _Prepared, outputs: Outputs) -> ScoreResult:
+        encoded, user_status = prepared.encoded, prepared.user_status
         is_finite = _finite_rows(outputs)
         self._count(encoded, is_finite)
         return ScoreResult(
@@ -166,6 +225,8 @@ class Scorer:
             outputs=outputs,
             is_known=encoded.is_known,
             is_finite=is_finite,
+            time=prepared.time,
+            record=prepared.user.data,
         )
 
     async def _find_user(self, user_id: str, deadline: float) -> _User:
@@ -180,7 +241,7 @@ class Scorer:
                     data = await self._store.get(user_id)
             if data is None:
                 return _User(None, "unknown")
-            return _User(unpack_record(data), "ok")
+            return _User(unpack_record(data), "ok", data)
         except TimeoutError:
             self._metrics.store_failed(StoreTimeout())
         except StoreError as exc:

@@ -135,6 +135,39 @@ class HealthSettings(_Section):
     )
 
 
+class RequestLogSettings(_Section):
+    """The sample of requests kept for replay and training."""
+
+    dir: Path | None = Field(
+        None, description="Where a sample of requests is kept with their scores; not set: nowhere"
+    )
+    user_key: SecretStr | None = Field(
+        None,
+        min_length=16,
+        max_length=1024,
+        description="Secret by which logged user ids are hashed; required with a directory",
+    )
+    share: float = Field(0.01, gt=0, le=1, description="Share of the requests that is kept")
+    keep_days: int = Field(
+        30, ge=1, le=3660, description="Days after which logged requests are deleted"
+    )
+    flush_s: float = Field(
+        60.0, gt=0, le=86_400, description="Longest time until a kept request is in a file"
+    )
+    requests_per_file: int = Field(
+        2000,
+        ge=1,
+        le=1_000_000,
+        description="A file is written at the latest with so many requests",
+    )
+    max_queue_requests: int = Field(
+        1000,
+        ge=1,
+        le=1_000_000,
+        description="Most requests waiting for the log's writer; further ones are not kept",
+    )
+
+
 class Settings(BaseSettings):
     """Everything that can be set, frozen. Build it with `load_settings`."""
 
@@ -180,6 +213,9 @@ class Settings(BaseSettings):
     batch: BatchSettings = Field(default_factory=BatchSettings, description="Micro-batches")
     limits: LimitSettings = Field(default_factory=LimitSettings, description="Per request")
     health: HealthSettings = Field(default_factory=HealthSettings, description="Sampling")
+    request_log: RequestLogSettings = Field(
+        default_factory=RequestLogSettings, description="Sample of requests"
+    )
     drain_delay_ms: int = Field(
         500,
         ge=0,
@@ -198,6 +234,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 "CTR_LIMITS__MAX_CANDIDATES is above CTR_BATCH__MAX_QUEUE_ROWS: "
                 "the largest request would never be taken"
+            )
+        if self.request_log.dir is not None and self.request_log.user_key is None:
+            raise ValueError(
+                "CTR_REQUEST_LOG__DIR is set and CTR_REQUEST_LOG__USER_KEY is not: user ids are "
+                "kept as keyed hashes only"
             )
         return self
 

@@ -159,7 +159,7 @@ def load_records(records: Path, ttl_s: int) -> None:
 
     settings = load_settings()
     num_records = count_records(records)
-    with store_settings(settings) as complete, _progress() as progress:
+    with store_settings(settings) as complete, progress_bar() as progress:
         task = progress.add_task("user records", total=num_records)
         num_written = asyncio.run(
             _load_records(
@@ -277,7 +277,8 @@ def _cell(name: str, value: object) -> str:
     return f"{value:.6f}" if isinstance(value, float) and name != "item_id" else str(value)
 
 
-def _progress() -> Progress:
+def progress_bar() -> Progress:
+    """A bar on stderr, if that is a terminal."""
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),

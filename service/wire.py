@@ -17,7 +17,7 @@ from model.contract.errors import EncodeError
 from model.contract.times import parse_time
 from service.errors import InvalidRequest, PayloadTooLarge, TooManyCandidates
 from service.features import Candidates, GivenColumn
-from service.scorer import ScoreRequest, ScoreResult
+from service.scorer import Explanation, ScoreRequest, ScoreResult
 from service.settings import LimitSettings
 
 ITEM_ID = "item_id"
@@ -111,6 +111,22 @@ def encode_answer(result: ScoreResult, *, request_id: str, layout: Layout = "row
         items=list(map(_item_type(tuple(result.outputs)), result.item_ids, *columns, statuses)),
     )
     return _ENCODER.encode(answer)
+
+
+def encode_explanation(explanation: Explanation, *, request_id: str) -> bytes:
+    """The answer's JSON in rows; contributions of each candidate from the largest to the least."""
+    answer = msgspec.json.decode(encode_answer(explanation.result, request_id=request_id))
+    for row, item in enumerate(answer["items"]):
+        item["contributions"] = {
+            name: _by_size(explanation.features, values[row].tolist())
+            for name, values in explanation.contributions.items()
+        }
+    return _ENCODER.encode(answer)
+
+
+def _by_size(names: Sequence[str], values: list[float]) -> dict[str, float | None]:
+    pairs = sorted(zip(names, values, strict=True), key=lambda pair: -abs(pair[1]))
+    return dict(pairs)
 
 
 def _encode_columns(result: ScoreResult, request_id: str, statuses: list[str]) -> bytes:

@@ -22,6 +22,9 @@ class FailingStore:
     async def set_many(self, records: Iterable[tuple[str, bytes]], *, ttl_s: int | None) -> int:
         raise self.error
 
+    async def delete(self, user_id: str) -> bool:
+        raise self.error
+
     async def ping(self) -> None:
         raise self.error
 
@@ -46,6 +49,9 @@ class SilentStore:
         raise AssertionError("not reached")
 
     async def set_many(self, records: Iterable[tuple[str, bytes]], *, ttl_s: int | None) -> int:
+        raise AssertionError("not expected")
+
+    async def delete(self, user_id: str) -> bool:
         raise AssertionError("not expected")
 
     async def ping(self) -> None:

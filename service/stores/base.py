@@ -51,6 +51,20 @@ class OnlineStore(Protocol):
         """
         ...
 
+    async def delete(self, user_id: str) -> bool:
+        """Deletes one record.
+
+        Args:
+            user_id: Canonical id string.
+
+        Returns:
+            Whether there was one.
+
+        Raises:
+            StoreError: As for `get`.
+        """
+        ...
+
     async def ping(self) -> None:
         """Returns once the store has answered; meant for the start of the service.
 

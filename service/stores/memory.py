@@ -63,6 +63,12 @@ class MemoryStore:
             num_written += 1
         return num_written
 
+    async def delete(self, user_id: str) -> bool:
+        """See `OnlineStore.delete`."""
+        was_there = await self.get(user_id) is not None
+        self._records.pop(user_id, None)
+        return was_there
+
     async def ping(self) -> None:
         """See `OnlineStore.ping`."""
         self._require_open()

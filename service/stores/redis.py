@@ -252,6 +252,18 @@ class RedisStore:
             num_written += len(chunk)
         return num_written
 
+    async def delete(self, user_id: str) -> bool:
+        """See `OnlineStore.delete`; asks the server whatever the breaker says."""
+        self._require_open()
+        try:
+            async with asyncio.timeout(_PIPELINE_TIMEOUT_S):
+                num_deleted: int = await self._bulk_client.delete(
+                    self._key_prefix + user_id.encode()
+                )
+        except (redis.exceptions.RedisError, OSError) as exc:
+            raise translate(exc) from exc
+        return num_deleted > 0
+
     async def ping(self) -> None:
         """See `OnlineStore.ping`; asks the server whatever the breaker says."""
         self._require_open()

@@ -59,6 +59,14 @@ async def test_later_record_replaces_earlier_and_repeats_are_counted(store: Onli
     assert await store.get("u2") == b"2"
 
 
+async def test_deleted_record_is_gone_and_was_there_once(store: OnlineStore) -> None:
+    await store.set_many([("u1", b"1"), ("u2", b"2")], ttl_s=None)
+    assert await store.delete("u1")
+    assert not await store.delete("u1")
+    assert await store.get("u1") is None
+    assert await store.get("u2") == b"2"
+
+
 async def test_nothing_to_write(store: OnlineStore) -> None:
     assert await store.set_many([], ttl_s=None) == 0
 
@@ -103,6 +111,7 @@ async def test_closed_store_says_so_and_closes_twice(store: OnlineStore) -> None
     await store.aclose()
     assert await error_of(store.get("u1")) is StoreUnavailable
     assert await error_of(store.set_many([("u1", b"1")], ttl_s=None)) is StoreUnavailable
+    assert await error_of(store.delete("u1")) is StoreUnavailable
     assert await error_of(store.ping()) is StoreUnavailable
 
 

@@ -32,6 +32,7 @@ from model.export import optimised, parts_to_onnx, to_onnx
 from model.nets import build_net
 from model.nets.layers import NetSpec
 from model.serving_graph import ServingGraph
+from service.explain import Explainer
 from service.features import Candidates, GivenColumn
 from service.item_files import ItemFiles
 from service.item_sums import ItemSums
@@ -118,6 +119,22 @@ def test_items_of_the_table_score_as_by_the_whole_model(
     state: ServingState, whole: ServingState
 ) -> None:
     assert_scored_as_by(whole, state, KNOWN)
+
+
+def test_features_add_what_they_add_to_the_whole_model(
+    state: ServingState, whole: ServingState
+) -> None:
+    found = []
+    for one in (state, whole):
+        explainer = Explainer(one.encoder, one.items)
+        questions = explainer.questions(encode(one, [*UNKNOWN, *KNOWN]), time=tiny.NOON)
+        found.append(explainer.contributions(scores(one, questions)))
+
+    for name, values in found[0].items():
+        # A network that has not learnt yet: an item adds little, of which float32 keeps 1e-6.
+        np.testing.assert_allclose(values, found[1][name], rtol=0, atol=4e-6)
+        item_id = explainer.features.index("item_id")
+        assert np.abs(values[:, item_id]).max() > 1.2e-5
 
 
 def test_unknown_items_score_as_by_the_whole_model(

@@ -188,7 +188,7 @@ def test_exposition_parses_and_stays_short(metrics: Metrics) -> None:
     metrics.bundle_served(bundle="b", schema="s")
     text = metrics.render().decode()
     families = list(text_string_to_metric_families(text))
-    assert len(families) == 39
+    assert len(families) == 41
     assert all(family.name.startswith("scoring_") for family in families)
     assert "_created" not in text
     assert {family.type for family in families} == {"counter", "gauge", "histogram"}

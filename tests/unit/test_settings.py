@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from service.settings import (
     BatchSettings,
     LimitSettings,
+    RequestLogSettings,
     Settings,
     SettingsError,
     StoreSettings,
@@ -163,7 +164,7 @@ def test_misspelt_variable_with_a_secret_does_not_show_it(monkeypatch: pytest.Mo
 def test_rows_list_every_setting_once_with_a_description() -> None:
     rows = setting_rows()
     variables = [row.variable for row in rows]
-    sections = (StoreSettings, BatchSettings, LimitSettings)
+    sections = (StoreSettings, BatchSettings, LimitSettings, RequestLogSettings)
     num_fields = sum(len(section.model_fields) for section in (Settings, *sections))
     assert len(set(variables)) == len(variables) == num_fields - len(sections)
     assert num_fields > 20
@@ -183,12 +184,12 @@ def test_every_row_is_a_variable_that_is_read(monkeypatch: pytest.MonkeyPatch) -
 
 def test_every_number_has_two_bounds() -> None:
     num_checked = 0
-    for section in (Settings, StoreSettings, BatchSettings, LimitSettings):
+    for section in (Settings, StoreSettings, BatchSettings, LimitSettings, RequestLogSettings):
         for name, info in section.model_fields.items():
             if info.annotation in (int, int | None):
                 assert {type(bound).__name__ for bound in info.metadata} == {"Ge", "Le"}, name
                 num_checked += 1
-    assert num_checked == 19
+    assert num_checked == 22
 
 
 def test_child_with_the_environment_of_settings_has_the_same(
