@@ -22,6 +22,7 @@ _OPTIONS = (
     "--headless=new",
     "--no-sandbox",  # Root in a container may not make one; it only ever sees this service.
     "--disable-gpu",
+    "--hide-scrollbars",
     "--disable-dev-shm-usage",
     "--disable-background-networking",
     "--disable-component-update",

@@ -49,6 +49,10 @@ function formatAge(seconds) {
     .join(" ");
 }
 
+function formatAgo(seconds) {
+  return Number.isFinite(seconds) ? `${formatAge(seconds)} ago` : NOTHING;
+}
+
 function formatBytes(value) {
   if (!Number.isFinite(value)) return NOTHING;
   return value >= 1e9 ? `${formatNumber(value / 1e9)}${NBSP}GB` : `${formatNumber(value / 1e6)}${NBSP}MB`;

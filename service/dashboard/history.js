@@ -40,7 +40,6 @@ class History {
     this.samples.push({ at, row });
     this.newest = { at, row: asTold };
     const oldest = at - this.#keepMs;
-    while (this.restarts.length > 0 && this.restarts[0] <= oldest) this.restarts.shift();
     while (this.samples.length > 2 && this.samples[1].at <= oldest) this.samples.shift();
   }
 
@@ -73,6 +72,11 @@ class History {
   /** What the newest sample says, counted from the start of the service. */
   sinceStart() {
     return this.between(null, this.newest);
+  }
+
+  /** How often the service began anew in the last `seconds`. */
+  restartsWithin(seconds) {
+    return this.restarts.filter((at) => at >= this.newest.at - seconds * 1000).length;
   }
 
   between(from, to) {

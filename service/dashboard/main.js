@@ -42,10 +42,11 @@ async function look() {
   render();
   numLooks += 1;
   document.body.dataset.looks = String(numLooks);
-  // Two looks make the first figures: the second one comes soon.
+  // Two looks make the first figures: the second one comes soon. Never at once after a late
+  // answer: of a moment's difference no rate can be told.
   const isNew = points.length === 0 || points[points.length - 1].isGap;
   const wait = isNew && failure === null ? Math.min(FIRST_LOOKS_MS, everyMs) : everyMs;
-  if (!document.hidden) timer = setTimeout(look, Math.max(100, asked + wait - Date.now()));
+  if (!document.hidden) timer = setTimeout(look, Math.max(wait / 2, asked + wait - Date.now()));
 }
 
 async function askMetrics() {
@@ -113,7 +114,7 @@ function render() {
   const figures = view === null ? null : figuresOf(view);
   renderVerdict(
     failure === null
-      ? judge({ state, figures, restarts: history_.restarts.length })
+      ? judge({ state, figures, restarts: history_.restartsWithin(seconds) })
       : judgeGone(newest.at, Date.now(), failure),
   );
   setText(byId("as-of"), clock(newest.at));

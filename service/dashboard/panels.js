@@ -2,10 +2,12 @@
 
 function renderState(state, total) {
   setText(byId("bundle"), state.bundles.map(({ bundle }) => bundle).join(", ") || "none yet");
-  setText(byId("schema"), state.bundles.map(({ schema }) => schema).join(", ") || "none yet");
-  put("bundle.age", state.bundleAge, formatAge);
+  const schemas = [...new Set(state.bundles.map(({ schema }) => schema))];
+  setText(byId("schema"), schemas.map((schema) => schema.slice(0, 16)).join(", ") || "none yet");
+  byId("schema").title = schemas.join(", ");
+  put("bundle.age", state.bundleAge, formatAgo);
   put("items.rows", state.itemRows, formatCount);
-  put("items.age", state.itemAge, formatAge);
+  put("items.age", state.itemAge, formatAgo);
   put("queue.rows", state.queueRows, formatCount);
   put("queue.predictedWait", state.predictedWait, formatSeconds);
   const [least, most] = state.maxBatchRows;
@@ -72,12 +74,11 @@ function renderOutcomes(requests, view) {
     { figure: `count.${outcome}`, value: count, format: formatCount },
     { figure: `share.${outcome}`, value: share(count, requests.offered), format: formatShare },
   ]));
-  fillTable(byId("latencies"), seen.map(([outcome, count]) => {
+  fillTable(byId("latencies"), seen.map(([outcome]) => {
     const latency = latencyOf(view, outcome);
     const cell = (name) => ({ figure: `${name}.${outcome}`, value: latency[name], format: formatSeconds });
     return [
       codeOf(outcome),
-      formatCount(count),
       cell("mean"), cell("p50"), cell("p99"), cell("p999"),
     ];
   }));
@@ -85,7 +86,9 @@ function renderOutcomes(requests, view) {
 
 function codeOf(text) {
   const code = document.createElement("code");
-  code.textContent = text;
+  // May be broken after an underscore, for narrow screens.
+  const parts = text.split(/(?<=_)/);
+  code.append(...parts.flatMap((part, i) => (i === 0 ? [part] : [document.createElement("wbr"), part])));
   return code;
 }
 
@@ -95,11 +98,11 @@ function renderStages(stages) {
   fillTable(byId("stages"), stages.map(({ stage, mean: average, p99 }) => {
     const end = start + (total > 0 ? (average || 0) / total : 0);
     const bar = makeBar(start, end);
-    bar.title = STAGES[stage];
     start = end;
     const name = document.createElement("span");
-    name.textContent = stage;
-    name.title = STAGES[stage];
+    const meaning = document.createElement("small");
+    meaning.textContent = STAGES[stage];
+    name.append(stage, meaning);
     return [
       name,
       bar,

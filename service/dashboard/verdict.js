@@ -55,7 +55,7 @@ function judge({ state, figures, restarts }) {
     const headline = first.level === "bad" ? "In trouble" : "Serving, but look at this";
     return verdict(first.level, `${headline}: ${first.title}`, summary, problems);
   }
-  if (figures.requests.offered === 0) return verdict("idle", "Ready, nobody asks", summary, []);
+  if (figures.requests.offered === 0) return verdict("idle", "Ready, no requests", summary, []);
   return verdict("ok", "Serving well", summary, []);
 }
 
@@ -65,9 +65,9 @@ function judgeGone(since, now, reason) {
   return verdict(
     "bad",
     `Not answering since ${clock(since)}`,
-    `${ago} ago it last told its figures; those below are of then. ${reason}`,
+    `${reason} The figures below are of ${ago} ago.`,
     [
-      problem("bad", "the service, or the way to it, is gone", reason,
+      problem("bad", "the service, or the way to it, is gone", "",
         "Look at whether the process lives, at its log, and at the network between."),
     ],
   );
@@ -126,14 +126,14 @@ function judgeRequests({ requests, latency, batches }) {
   const failed = levelOf(share(requests.failed, requests.offered), LIMITS.failedShare, many);
   if (failed !== "ok") {
     found.push(problem(failed, `${formatShare(share(requests.failed, requests.offered))} of requests fail`,
-      codesOf(requests, "failed"), "See the log; if it began with a new bundle, roll back."));
+      `By code: ${codesOf(requests, "failed")}.`, "See the log; if it began with a new bundle, roll back."));
   }
   const lost = levelOf(share(requests.refused, requests.offered), LIMITS.lostShare, many);
   if (lost !== "ok") {
     const drops = listCounts(batches.drops);
     found.push(problem(lost,
       `${formatShare(share(requests.refused, requests.offered))} of requests refused or late`,
-      `${codesOf(requests, "refused")}${drops && `. Not run because of: ${drops}`}.`,
+      `By code: ${codesOf(requests, "refused")}.${drops && ` Why they were not run: ${drops}.`}`,
       "More load than it can answer in time: add workers or replicas, or send less."));
   }
   const slow = levelOf(latency.p99, LIMITS.p99Seconds, many);
@@ -146,7 +146,7 @@ function judgeRequests({ requests, latency, batches }) {
   if (wrong !== "ok") {
     found.push(problem(wrong,
       `${formatShare(share(requests.caller, requests.offered))} of requests are callers' mistakes`,
-      codesOf(requests, "caller"), "The callers' answers say which field is at fault."));
+      `By code: ${codesOf(requests, "caller")}.`, "The callers' answers say which field is at fault."));
   }
   return found;
 }
