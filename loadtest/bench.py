@@ -151,7 +151,7 @@ async def measure(
     cpus = sorted(os.sched_getaffinity(0))
     # The server on one core, as a worker would be: threads that move between cores cost more.
     os.sched_setaffinity(0, cpus[:1])
-    async with app.router.lifespan_context(app), _serving(app) as port:
+    async with app.router.lifespan_context(app), serving(app) as port:
         if records is not None:
             await load_records(records, store, ttl_s=None)
         client = await asyncio.create_subprocess_exec(
@@ -311,8 +311,11 @@ def _deadline() -> float:
 
 
 @asynccontextmanager
-async def _serving(app: "FastAPI") -> "AsyncIterator[int]":
-    """Serves the app, inside its lifespan already, on a free port."""
+async def serving(app: "FastAPI") -> "AsyncIterator[int]":
+    """Serves the app, inside its lifespan already, and tells the port.
+
+    The protocol is the server's own.
+    """
     import uvicorn
 
     from service.server import http_protocol

@@ -23,8 +23,8 @@ from service.answers import (
 from service.dashboard.page import load_page
 from service.errors import DeadlineExceeded, ServiceError
 from service.exchange import Disconnected, ScoreExchange
+from service.exposition import CONTENT_TYPE
 from service.gate import Head
-from service.observe import CONTENT_TYPE
 from service.openapi import openapi_document
 from service.settings import LimitSettings
 from service.status import ServiceStatus

@@ -16,6 +16,7 @@ from service.errors import StoreError, StoreMisconfigured
 from service.exchange import ScoreExchange, Scoring
 from service.gate import Gate
 from service.item_files import ItemOpener, open_in_memory
+from service.loop_lag import LagProbe
 from service.observe import Metrics
 from service.runtime import Outputs
 from service.scorer import Scorer
@@ -56,13 +57,7 @@ def create_app(
         StoreMisconfigured: Neither a store nor its URL is given, or the URL is not understood.
             The lifespan raises it for a wrong password, and the errors of `load_serving_state`.
     """
-    if store is None:
-        if settings.store.url is None:
-            raise StoreMisconfigured(
-                "CTR_STORE__URL is not set and no store was given (`ctr serve` starts a Redis of "
-                "its own; memory:// holds nothing)"
-            )
-        store = open_store(settings.store.url.get_secret_value(), settings.store)
+    store = _store_of(settings) if store is None else store
     metrics = Metrics(registry)
     status = ServiceStatus(metrics)
 
@@ -79,6 +74,7 @@ def create_app(
                 stack.push_async_callback(swapper.aclose)
                 await swapper.start()
                 app.state.reload = swapper.request
+            stack.enter_context(LagProbe(metrics.loop_was_late))
             yield
             status.begin_drain()
 
@@ -90,6 +86,15 @@ def create_app(
     app.state.scoring = Scoring(exchange=exchange, gate=gate, status=status, new_id=_new_request_id)
     add_routes(app, status, exchange=exchange, limits=settings.limits, new_id=_new_request_id)
     return app
+
+
+def _store_of(settings: Settings) -> OnlineStore:
+    if settings.store.url is None:
+        raise StoreMisconfigured(
+            "CTR_STORE__URL is not set and no store was given (`ctr serve` starts a Redis of "
+            "its own; memory:// holds nothing)"
+        )
+    return open_store(settings.store.url.get_secret_value(), settings.store)
 
 
 def _make_gate(status: ServiceStatus, settings: Settings) -> Gate:

@@ -1,4 +1,4 @@
-"""How many CPU cores this process may use: its affinity, and the quota of its container."""
+"""How many CPU cores this process may use, by affinity and quota, and how long a quota held it."""
 
 import os
 from dataclasses import dataclass
@@ -43,6 +43,24 @@ def read_cpu_limits(root: Path = Path("/")) -> CpuLimits:
     return CpuLimits(affinity=affinity or 1, quota=min(found, default=None))
 
 
+def read_throttled_s(root: Path = Path("/")) -> float:
+    """Seconds that a quota has held back the processes of this container so far; 0 without one.
+
+    The kernel counts for the whole control group, not for a process. Of the groups above each
+    other the one that was held back longest is told.
+
+    Args:
+        root: See `read_cpu_limits`.
+    """
+    found = [
+        _statistic(directory, "throttled_usec") / 1e6
+        if is_v2
+        else _statistic(directory, "throttled_time") / 1e9
+        for directory, is_v2 in _group_directories(root)
+    ]
+    return max(found, default=0.0)
+
+
 def _group_directories(root: Path) -> list[tuple[Path, bool]]:
     """Directories of the process's groups and of all above them, and whether of version 2."""
     directories: list[tuple[Path, bool]] = []
@@ -72,6 +90,14 @@ def _quota_v2(directory: Path) -> float | None:
 def _quota_v1(directory: Path) -> float | None:
     quota = _read(directory / "cpu.cfs_quota_us").strip()
     return _cores(quota, _read(directory / "cpu.cfs_period_us").strip())
+
+
+def _statistic(directory: Path, name: str) -> float:
+    for line in _read(directory / "cpu.stat").splitlines():
+        key, _, value = line.partition(" ")
+        if key == name and value.isdigit():
+            return float(value)
+    return 0.0
 
 
 def _cores(quota: str, period: str) -> float | None:

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 
 from service.answers import JSON, Answer, Headers, problem_answer
-from service.errors import DeadlineExceeded, ServiceError
+from service.errors import DeadlineExceeded, ServiceError, StoreError
 from service.gate import Gate, Head
 from service.settings import LimitSettings
 from service.status import ServiceStatus
@@ -76,18 +76,17 @@ class ScoreExchange:
         try:
             try:
                 return Answer(200, await work, JSON, call.request_id)
-            except ServiceError as exc:
-                call.outcome, call.num_scored = exc.code, 0
-                if exc.code in ("internal_error", "inference_failed"):
-                    extra = {"request_id": call.request_id}
-                    _log.error("request failed", exc_info=exc, extra=extra)
-                return problem_answer(exc, request_id=call.request_id)
             except Disconnected:
                 raise
-            except Exception:  # noqa: BLE001 - the task's outer edge: logged, counted, answered
-                call.outcome, call.num_scored = ServiceError.code, 0
-                _log.exception("request failed", extra={"request_id": call.request_id})
+            except Exception as exc:  # noqa: BLE001 - the task's outer edge: logged, counted, answered
                 error = ServiceError("see the service's log")
+                # Errors of the store become `degraded` in the scorer; one that got here is a bug.
+                if isinstance(exc, ServiceError) and not isinstance(exc, StoreError):
+                    error = exc
+                call.outcome, call.num_scored = error.code, 0
+                if error.code in ("internal_error", "inference_failed"):
+                    extra = {"request_id": call.request_id}
+                    _log.error("request failed", exc_info=exc, extra=extra)
                 return problem_answer(error, request_id=call.request_id)
         finally:
             self._metrics.request_finished(

@@ -8,9 +8,10 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 
-from prometheus_client.metrics_core import HistogramMetricFamily
-from prometheus_client.registry import Collector, CollectorRegistry
+from prometheus_client.registry import CollectorRegistry
 from prometheus_client.utils import floatToGoString
+
+from service.exposition import Family, Source, series_text
 
 
 class Histogram:
@@ -29,14 +30,23 @@ class Histogram:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
-    def samples(self) -> tuple[list[tuple[str, float]], float]:
-        """Cumulative counts by upper bound, as the exposition has them, and the sum."""
-        names = [*map(floatToGoString, self._bounds), "+Inf"]
-        counts = map(float, accumulate(self._counts))
-        return list(zip(names, counts, strict=True)), self._sum
+    def add(self, counts: Sequence[int], total: float) -> None:
+        """Counts many values.
+
+        Args:
+            counts: How many fall into each bucket, the last one has no upper bound.
+            total: Their sum.
+        """
+        self._counts = [old + new for old, new in zip(self._counts, counts, strict=True)]
+        self._sum += total
+
+    def values(self) -> list[float]:
+        """Cumulative counts by upper bound, the last of all, then that count again and the sum."""
+        cumulative = [*map(float, accumulate(self._counts))]
+        return [*cumulative, cumulative[-1], self._sum]
 
 
-class Histograms(Collector):
+class Histograms(Source):
     """A metric with one histogram per value of one label, or a single one without a label."""
 
     def __init__(
@@ -63,24 +73,34 @@ class Histograms(Collector):
             ValueError: The registry has a metric of this name.
         """
         self._name, self._text, self._label = name, text, label
-        self._bounds = tuple(map(float, bounds))
-        self._children = {value: Histogram(self._bounds) for value in values}
-        self.single = Histogram(self._bounds)
-        registry.register(self)
+        self.bounds = tuple(map(float, bounds))
+        self._children: dict[str, tuple[Histogram, list[str]]] = {}
+        self.single = Histogram(self.bounds)
+        if label is None:
+            self._children[""] = (self.single, self._series(""))
+        for value in values:
+            self.of(value)
+        super().__init__(registry)
 
     def of(self, value: str) -> Histogram:
         """The histogram of one value of the label; from a closed set, as each is kept for ever."""
         child = self._children.get(value)
         if child is None:
-            child = self._children[value] = Histogram(self._bounds)
-        return child
+            child = self._children[value] = (Histogram(self.bounds), self._series(value))
+        return child[0]
 
-    def collect(self) -> Iterator[HistogramMetricFamily]:
-        """See `Collector`."""
-        labels = [] if self._label is None else [self._label]
-        family = HistogramMetricFamily(self._name, self._text, labels=labels)
-        children = self._children if labels else {"": self.single}
-        for value, child in children.items():
-            buckets, total = child.samples()
-            family.add_metric([value] if labels else [], buckets, total)
-        yield family
+    def families(self) -> Iterator[Family]:
+        """See `Source`."""
+        samples: list[tuple[str, float]] = []
+        for child, series in self._children.values():
+            samples += zip(series, child.values(), strict=True)
+        yield Family(self._name, self._text, "histogram", samples)
+
+    def _series(self, value: str) -> list[str]:
+        labels = {} if self._label is None else {self._label: value}
+        bounds = [*map(floatToGoString, self.bounds), "+Inf"]
+        return [
+            *(series_text(f"{self._name}_bucket", {**labels, "le": bound}) for bound in bounds),
+            series_text(f"{self._name}_count", labels),
+            series_text(f"{self._name}_sum", labels),
+        ]

@@ -10,6 +10,7 @@ the offer it is an ordinary HTTP/1.1 request.
 """
 
 import asyncio
+import logging
 import re
 import socket
 import struct
@@ -23,6 +24,8 @@ from service.api import ARRIVED_AT
 from service.errors import Overloaded
 from service.exchange import Scoring
 from service.gate import Head
+
+_log = logging.getLogger(__name__)
 
 _OFFER = re.compile(rb"\r\n(?:upgrade|http2-settings):[^\r\n]*", re.IGNORECASE)
 # tcpi_last_data_recv of Linux's `struct tcp_info`: milliseconds since the last data came.
@@ -92,7 +95,7 @@ class Http1Protocol(HttpToolsProtocol):
                 head = self._scoring.gate.admit_early(self.headers, arrived_at=arrived_at)
             except Overloaded as exc:
                 self._is_refused = True
-                self._write(problem_answer(exc, request_id=self._request_id()))
+                self._send(problem_answer(exc, request_id=self._request_id()))
                 return
             if head is not None and head.body_bytes:
                 self._head = head
@@ -114,10 +117,13 @@ class Http1Protocol(HttpToolsProtocol):
             cycle = _Cycle()
             self.cycle = cast(RequestResponseCycle, cycle)
             task = self.loop.create_task(self._answer(cycle, head, data, self._request_id()))
-            task.add_done_callback(self.tasks.discard)
+            task.add_done_callback(self._answered)
             self.tasks.add(task)
         elif self._is_refused:
             self._is_refused = False
+            # Not before the body is there: the answer could be lost with what is left unread.
+            if self._scoring.status.is_draining:
+                self.transport.close()
             self.on_response_complete()
         else:
             super().on_message_complete()
@@ -133,16 +139,22 @@ class Http1Protocol(HttpToolsProtocol):
         if self.flow.write_paused:
             await self.flow.drain()
         cycle.response_complete = True
-        if not cycle.disconnected:
-            self._write(answer, is_last=not cycle.keep_alive)
+        if not cycle.disconnected and self._send(answer, is_last=not cycle.keep_alive):
+            self.transport.close()
         self.on_response_complete()
 
-    def _write(self, answer: Answer, *, is_last: bool = False) -> None:
+    def _answered(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("an answer could not be sent", exc_info=error)
+            self.transport.close()
+
+    def _send(self, answer: Answer, *, is_last: bool = False) -> bool:
+        # Returns whether the connection is to be closed.
         is_last |= self._scoring.status.is_draining or CLOSE in answer.headers
         headers = self.server_state.default_headers
         self.transport.write(http1_bytes(answer, default_headers=headers, is_last=is_last))
-        if is_last:
-            self.transport.close()
+        return is_last
 
     def _leave_to_app(self) -> None:
         """Goes uvicorn's way from here on, with what of the body has come."""

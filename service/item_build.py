@@ -17,7 +17,7 @@ from model.contract.encode import Encoder
 from model.contract.errors import ContractError
 from service.item_snapshot import write_item_file
 from service.item_sums import ItemSums
-from service.observe import configure_logging
+from service.log_lines import configure_logging
 
 EXIT_REFUSED, EXIT_FAILED = 3, 4
 _NICENESS = 10  # the requests come first

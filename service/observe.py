@@ -1,37 +1,33 @@
-"""Every metric of the service and the format of its log; the only module that knows Prometheus.
+"""Every metric of the service: names, help, labels and buckets.
 
 Methods take what happened, in words of the service, and never raise for a value of the right
-type: they are called in `finally`. Labels come from closed sets, so a worker exposes fewer than
-300 lines whatever the traffic; writing them out stalls the event loop in proportion.
+type: they are called in `finally`. Labels come from closed sets, so what a worker exposes has a
+bound whatever the traffic: writing it out stalls the event loop in proportion.
 """
 
-import json
-import logging
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import UTC, datetime
-from typing import Literal, TextIO, get_args
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, get_args
 
-import msgspec
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry
 
 from service.batch_plan import DropReason
+from service.cpu_limits import read_throttled_s
 from service.errors import ServiceError, StoreError, error_codes
+from service.exposition import Family, Kind, Source, render_families
 from service.histograms import Histogram, Histograms
+from service.process import cpu_seconds, open_files, resident_bytes
 from service.run_cost import RunCost
+from service.values import Info, Readings, Value, Values
 
 Stage = Literal["parse", "features", "encode", "queue", "run", "respond"]
 DegradedReason = Literal["user_features", "stale_user_features"]
 SwapPart = Literal["bundle", "items"]
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
 _MS = 1e-3
 _LATENCY_BUCKETS_S = tuple(
     ms * _MS for ms in (0.5, 1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 50, 75, 100, 250, 1000)
 )
+_LAG_BUCKETS_S = tuple(ms * _MS for ms in (1, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 50, 100, 250, 1000))
 _ROWS_BUCKETS = (1, 5, 10, 20, 50, 100, 150, 200, 300, 400, 600, 1000, 2000)
 _REQUESTS_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 _HOUR_S = 3600
@@ -65,24 +61,21 @@ class Metrics:
             ValueError: The registry holds these metrics already.
         """
         self._registry = CollectorRegistry() if registry is None else registry
+        self._sources: list[Source] = []
         self._outcomes = frozenset(request_outcomes())
         self._init_requests()
         self._init_batches()
         self._init_features()
         self._init_state()
+        self._init_process()
 
     def render(self) -> bytes:
-        """Current values in the Prometheus text format, of `CONTENT_TYPE`; about 10 us a line."""
-        return generate_latest(_WithoutCreated(self._registry))
+        """Current values in the Prometheus text format, of `exposition.CONTENT_TYPE`."""
+        return render_families(self.families())
 
-    def families(self) -> "list[Family]":
-        """Current values, for another process."""
-        return [
-            Family(
-                m.name, m.documentation, m.type, [(s.name, s.labels, s.value) for s in m.samples]
-            )
-            for m in _WithoutCreated(self._registry).collect()
-        ]
+    def families(self) -> list[Family]:
+        """Current values."""
+        return [family for source in self._sources for family in source.families()]
 
     def request_finished(self, *, outcome: str, seconds: float, candidates: int = 0) -> None:
         """One scoring request ended.
@@ -131,7 +124,7 @@ class Metrics:
 
     def wait_predicted(self, predict: Callable[[], float]) -> None:
         """Asked at every scrape for what admission is decided by, in seconds."""
-        self._predicted_wait.set_function(predict)
+        self._predicted_wait.read = predict
 
     def run_cost_known(self, cost: RunCost) -> None:
         """What model runs cost was measured; the bundle before is forgotten."""
@@ -172,8 +165,7 @@ class Metrics:
 
     def bundle_served(self, *, bundle: str, schema: str) -> None:
         """This bundle is the one being served now; the one before disappears."""
-        self._bundle_info.clear()
-        self._bundle_info.labels(bundle, schema).set(1)
+        self._bundle_info.tell(bundle, schema)
 
     def ready_changed(self, *, is_ready: bool) -> None:
         """The service began or ceased to take requests."""
@@ -199,6 +191,14 @@ class Metrics:
         """Another worker did not tell its metrics in time."""
         self._silent_workers.inc()
 
+    def loop_was_late(self, seconds: float) -> None:
+        """The event loop woke a timer so much too late."""
+        self._loop_lag.observe(seconds)
+
+    def connections_counted(self, count: Callable[[], int]) -> None:
+        """Asked at every scrape for the number of open connections."""
+        self._connections.read = count
+
     def _init_requests(self) -> None:
         self._request_seconds = Histograms(
             "scoring_request_seconds",
@@ -208,6 +208,7 @@ class Metrics:
             label="outcome",
             values=("ok", "degraded"),
         )
+        self._sources.append(self._request_seconds)
         stage_seconds = Histograms(
             "scoring_stage_seconds",
             "Time of one stage; queue per request in the batcher, run per model run",
@@ -216,6 +217,7 @@ class Metrics:
             label="stage",
             values=get_args(Stage),
         )
+        self._sources.append(stage_seconds)
         self._stage_seconds = {stage: stage_seconds.of(stage) for stage in get_args(Stage)}
         self._candidates = self._counter("candidates", "Candidates scored")
         self._degraded = self._counters(
@@ -228,7 +230,7 @@ class Metrics:
             "batch_requests", "Requests of one model run", _REQUESTS_BUCKETS
         )
         self._queue_rows = self._gauge("queue_rows", "Rows waiting for a model run")
-        self._predicted_wait = self._gauge(
+        self._predicted_wait = self._reading(
             "predicted_wait_seconds", "Predicted time for answering all that is under way"
         )
         self._max_batch_rows = self._gauge("max_batch_rows", "Most rows run together")
@@ -266,12 +268,13 @@ class Metrics:
         )
 
     def _init_state(self) -> None:
-        self._bundle_info = Gauge(
+        self._bundle_info = Info(
             "scoring_bundle_info",
             "1 for the bundle being served",
-            ["bundle", "schema"],
+            labels=["bundle", "schema"],
             registry=self._registry,
         )
+        self._sources.append(self._bundle_info)
         self._ready = self._gauge("ready", "1 while requests are taken")
         self._item_table_rows = self._gauge("item_table_rows", "Items in the item table")
         parts = get_args(SwapPart)
@@ -288,101 +291,71 @@ class Metrics:
             "silent_workers", "Times that a worker did not tell the one asked for all metrics"
         )
 
+    def _init_process(self) -> None:
+        self._loop_lag = self._histogram(
+            "event_loop_lag_seconds", "How late the event loop wakes a timer", _LAG_BUCKETS_S
+        )
+        self._connections = self._reading("open_connections", "Open HTTP connections")
+        self._reading(
+            "process_resident_bytes",
+            "Resident memory of the process, shared pages included",
+            read=resident_bytes,
+        )
+        self._reading("process_open_files", "Open file descriptors", read=open_files)
+        self._reading("process_cpu_seconds_total", "CPU time", kind="counter", read=cpu_seconds)
+        self._reading(
+            "cpu_throttled_seconds_total",
+            "Time that the CPU quota of the container held back its processes",
+            kind="counter",
+            read=read_throttled_s,
+            is_shared=True,
+        )
+
     def _histogram(self, name: str, text: str, bounds: Sequence[float]) -> Histogram:
-        return Histograms(f"scoring_{name}", text, bounds=bounds, registry=self._registry).single
+        made = Histograms(f"scoring_{name}", text, bounds=bounds, registry=self._registry)
+        self._sources.append(made)
+        return made.single
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"scoring_{name}", text, registry=self._registry)
+    def _gauge(self, name: str, text: str) -> Value:
+        made = Values(f"scoring_{name}", text, kind="gauge", registry=self._registry)
+        self._sources.append(made)
+        return made.single
 
-    def _counter(self, name: str, text: str) -> Counter:
-        return Counter(f"scoring_{name}_total", text, registry=self._registry)
+    def _counter(self, name: str, text: str) -> Value:
+        made = Values(f"scoring_{name}_total", text, kind="counter", registry=self._registry)
+        self._sources.append(made)
+        return made.single
 
     def _counters(
         self, name: str, text: str, label: str, values: Iterable[str]
-    ) -> dict[str, Counter]:
-        counter = Counter(f"scoring_{name}_total", text, [label], registry=self._registry)
-        return {value: counter.labels(value) for value in values}
+    ) -> dict[str, Value]:
+        made = Values(
+            f"scoring_{name}_total",
+            text,
+            kind="counter",
+            registry=self._registry,
+            label=label,
+            values=values,
+        )
+        self._sources.append(made)
+        return made.by_label
 
-
-class Family(msgspec.Struct, array_like=True):
-    """One metric's values, with names and kind as the library has them."""
-
-    name: str
-    text: str
-    kind: str
-    samples: list[tuple[str, dict[str, str], float]]
-
-
-def render_families(families: Iterable[Family]) -> bytes:
-    """The families in the Prometheus text format, of `CONTENT_TYPE`."""
-    return generate_latest(_Families(families))
-
-
-class _Families(Collector):
-    def __init__(self, families: Iterable[Family]) -> None:
-        self._families = families
-
-    def collect(self) -> Iterator[Metric]:
-        for family in self._families:
-            metric = Metric(family.name, family.text, family.kind)
-            for name, labels, value in family.samples:
-                metric.add_sample(name, labels, value)
-            yield metric
-
-
-class _WithoutCreated(Collector):
-    """Leaves out the `_created` time of every series: as many lines again as there are series."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
-
-    def collect(self) -> Iterator[Metric]:
-        for metric in self._registry.collect():
-            metric.samples = [s for s in metric.samples if not s.name.endswith("_created")]
-            yield metric
-
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object per line: time (UTC), level, logger, message, and what `extra` gave.
-
-    `log.info("...", extra={"request_id": ..., "bundle": ...})` adds these keys; a value that is
-    no JSON is written as its text.
-    """
-
-    _STANDARD = frozenset(
-        (*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "color_message")
-    )
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Renders the record; a traceback goes into the key `exception`."""
-        entry: dict[str, object] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        for name, value in vars(record).items():
-            if name not in self._STANDARD and name not in entry:
-                entry[name] = value
-        if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
-        if record.stack_info:
-            entry["stack"] = record.stack_info
-        return json.dumps(entry, default=str)
-
-
-def configure_logging(level: str, *, stream: TextIO | None = None) -> None:
-    """Sends the process's whole log, warnings included, to one stream as JSON lines.
-
-    For the command line only; replaces the handlers that the root logger has.
-
-    Args:
-        level: Least severe level, such as `info`.
-        stream: None is stderr.
-    """
-    handler = logging.StreamHandler(sys.stderr if stream is None else stream)
-    handler.setFormatter(JsonFormatter())
-    root = logging.getLogger()
-    root.handlers = [handler]
-    root.setLevel(level.upper())
-    logging.captureWarnings(True)
+    def _reading(
+        self,
+        name: str,
+        text: str,
+        *,
+        kind: Kind = "gauge",
+        read: Callable[[], float | None] = lambda: None,
+        is_shared: bool = False,
+    ) -> Readings:
+        made = Readings(
+            f"scoring_{name}",
+            text,
+            kind=kind,
+            registry=self._registry,
+            read=read,
+            is_shared=is_shared,
+        )
+        self._sources.append(made)
+        return made

@@ -68,6 +68,8 @@ class ScoringServer(uvicorn.Server):
         self._forced_by: int | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lifespan_stack = AsyncExitStack()
+        status: ServiceStatus = app.state.status
+        status.metrics.connections_counted(lambda: len(self.server_state.connections))
 
     @property
     def exit_code(self) -> int:

@@ -45,7 +45,7 @@ def serve(
 
     Without CTR_STORE__URL a Redis server of its own keeps user records in CTR_STORE__DATA_DIR.
     """
-    from service.observe import configure_logging
+    from service.log_lines import configure_logging
 
     settings = load_settings(
         bundle=bundle, item_snapshot=items, host=host, port=port, workers=workers

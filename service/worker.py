@@ -14,7 +14,8 @@ from pathlib import Path
 from service.app import create_app
 from service.cli import run_and_exit
 from service.item_files import ItemFiles
-from service.observe import Metrics, configure_logging
+from service.log_lines import configure_logging
+from service.observe import Metrics
 from service.server import run_server
 from service.settings import load_settings
 from service.worker_metrics import WorkerMetrics

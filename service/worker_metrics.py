@@ -19,13 +19,14 @@ from typing import Self
 
 import msgspec
 
-from service.observe import Family, Metrics, render_families
+from service.exposition import Family, render_families, with_label
+from service.observe import Metrics
 
 _log = logging.getLogger(__name__)
 
 _ANSWER_LIMIT_S = 0.5
 _READY = "scoring_ready"
-_RESTARTS = "scoring_worker_restarts"
+_RESTARTS = "scoring_worker_restarts_total"
 
 _DECODER = msgspec.msgpack.Decoder(list[Family])
 
@@ -143,23 +144,27 @@ def merge(reports: Iterable[Report]) -> list[Family]:
 
 
 def add(*reports: Sequence[Family]) -> list[Family]:
-    """Sums equal samples of lists of families; order as they come."""
+    """Sums equal samples of lists of families; order as they come.
+
+    Of what all workers tell of one machine the largest counts: who is asked later knows more.
+    """
     families: dict[str, Family] = {}
-    # By family, name and labels: where the sample is. Labels come in one order from one program.
-    places: dict[tuple[object, ...], int] = {}
+    sums: dict[str, dict[str, float]] = {}
     for family in itertools.chain.from_iterable(reports):
-        known = families.get(family.name)
+        known = sums.get(family.name)
         if known is None:
-            known = families[family.name] = Family(family.name, family.text, family.kind, [])
-        samples = known.samples
-        for name, labels, value in family.samples:
-            key = (family.name, name, *labels.items())
-            place = places.setdefault(key, len(samples))
-            if place == len(samples):
-                samples.append((name, labels, value))
-            else:
-                samples[place] = (name, labels, samples[place][2] + value)
-    return list(families.values())
+            families[family.name] = family
+            sums[family.name] = dict(family.samples)
+        elif family.is_shared:
+            for series, value in family.samples:
+                known[series] = max(known.get(series, value), value)
+        else:
+            for series, value in family.samples:
+                known[series] = known.get(series, 0.0) + value
+    return [
+        Family(f.name, f.text, f.kind, list(sums[name].items()), f.is_shared)
+        for name, f in families.items()
+    ]
 
 
 def totals(families: Iterable[Family]) -> list[Family]:
@@ -168,9 +173,10 @@ def totals(families: Iterable[Family]) -> list[Family]:
 
 
 def _labelled(family: Family, report: Report) -> Family:
+    worker = str(report.worker)
     samples = [
-        (name, {**labels, "worker": str(report.worker)}, value if report.is_live else 0.0)
-        for name, labels, value in family.samples
-        if report.is_live or name == _READY
+        (with_label(series, "worker", worker), value if report.is_live else 0.0)
+        for series, value in family.samples
+        if report.is_live or family.name == _READY
     ]
     return Family(family.name, family.text, family.kind, samples)

@@ -13,6 +13,7 @@ import pytest
 import tiny
 from fastapi import FastAPI
 
+from loadtest.bench import serving
 from model.contract.record import UserRecord, pack_record
 from service.app import create_app
 from service.settings import BatchSettings, Settings, load_settings
@@ -108,8 +109,14 @@ class StartApp(Protocol):
 
 
 @pytest.fixture
-def start_app() -> StartApp:
-    """Runs an app with other settings or another store; ASGITransport enters no lifespan."""
+def is_below_asgi() -> bool:
+    """Whether the app is asked over a socket, as it is when deployed; else by ASGI."""
+    return True
+
+
+@pytest.fixture
+def start_app(is_below_asgi: bool) -> StartApp:
+    """Runs an app with other settings or another store."""
 
     @asynccontextmanager
     async def start(
@@ -117,14 +124,24 @@ def start_app() -> StartApp:
     ) -> AsyncIterator[RunningApp]:
         store = MemoryStore() if store is None else store
         app = create_app(settings, store=store)
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with (
-            app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=transport, base_url="http://service") as client,
-        ):
+        async with app.router.lifespan_context(app), _client_of(app, is_below_asgi) as client:
             yield RunningApp(app, client, store)
 
     return start
+
+
+@asynccontextmanager
+async def _client_of(app: FastAPI, is_below_asgi: bool) -> AsyncIterator[httpx.AsyncClient]:
+    if is_below_asgi:
+        async with (
+            serving(app) as port,
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
+        ):
+            yield client
+    else:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+            yield client
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from conftest import StartApp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.api import PROBLEMS
+from service.answers import PROBLEMS
 from service.settings import Settings
 
 FUZZ = settings(

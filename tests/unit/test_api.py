@@ -16,7 +16,7 @@ from fakes import FailingStore, SilentStore
 from starlette.types import Message
 
 from model.contract.blocks import Blocks
-from service.api import PROBLEMS, ServiceStatus
+from service.answers import PROBLEMS
 from service.app import create_app
 from service.errors import (
     DeadlineExceeded,
@@ -33,8 +33,16 @@ from service.features import Candidates
 from service.openapi import ANSWER_EXAMPLE, COLUMNS_ANSWER_EXAMPLE, REQUEST_EXAMPLES
 from service.scorer import ScoreRequest, ScoreResult
 from service.settings import Settings
+from service.status import ServiceStatus
 
 pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(params=[True, False], ids=["http", "asgi"])
+def is_below_asgi(request: pytest.FixtureRequest) -> bool:
+    """Most requests are answered below ASGI, some by the app: both answer the same."""
+    return bool(request.param)
+
 
 BODY: dict[str, Any] = {"user_id": 7, "time": tiny.NOON_TEXT, "candidates": [1, "2", 3.0, 99]}
 
@@ -360,7 +368,7 @@ class Refusing:
         (NotReady("no bundle"), 503, "not_ready", "1"),
         (ShuttingDown("leaving"), 503, "shutting_down", "1"),
         (InferenceFailed("broken"), 500, "inference_failed", None),
-        (StoreUnavailable("leaked"), 500, "store_unavailable", None),
+        (StoreUnavailable("leaked"), 500, "internal_error", None),
         (ZeroDivisionError("a bug"), 500, "internal_error", None),
     ],
 )
@@ -571,11 +579,12 @@ async def test_shorter_of_the_time_outs_holds(
 
     assert response.status_code == 200
     after = asyncio.get_running_loop().time()
-    assert before + expected_s <= deadlines[0] <= after + expected_s
+    # The kernel tells the arrival in ticks of some milliseconds.
+    assert before - 0.02 <= deadlines[0] - expected_s <= after
 
 
 async def test_backlog_refuses_before_the_body_is_read(running: RunningApp) -> None:
-    admission = running.app.state.gate.admission
+    admission = running.app.state.scoring.gate.admission
     for _ in range(100_000):
         admission.enter(body_bytes=1000)
 
@@ -593,7 +602,7 @@ async def test_answered_requests_leave_nothing_under_way(running: RunningApp) ->
     for body in (BODY, {**BODY, "candidates": []}, {**BODY, "timeout_ms": 0}):
         await running.client.post("/score", json=body)
 
-    assert running.app.state.gate.admission.predicted_wait_s == 0
+    assert running.app.state.scoring.gate.admission.predicted_wait_s == 0
 
 
 async def test_poisoned_request_among_a_thousand_changes_no_bit_of_the_others(

@@ -160,7 +160,7 @@ def test_missing_bundle_ends_with_3(
         arguments.append(str(body_file))
     else:
         arguments += ["--port", "0"]
-    monkeypatch.setattr("service.observe.configure_logging", lambda level: None)
+    monkeypatch.setattr("service.log_lines.configure_logging", lambda level: None)
 
     code, _, err = run_main(arguments, monkeypatch, capsys)
 
@@ -174,7 +174,7 @@ def test_taken_port_ends_with_2(
     import socket
 
     monkeypatch.setenv("CTR_STORE__URL", "memory://")
-    monkeypatch.setattr("service.observe.configure_logging", lambda level: None)
+    monkeypatch.setattr("service.log_lines.configure_logging", lambda level: None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         code, _, err = run_main(

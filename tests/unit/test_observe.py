@@ -15,13 +15,8 @@ from service.errors import (
     StoreTimeout,
     error_codes,
 )
-from service.observe import (
-    JsonFormatter,
-    Metrics,
-    configure_logging,
-    render_families,
-    request_outcomes,
-)
+from service.log_lines import JsonFormatter, configure_logging
+from service.observe import Metrics, request_outcomes
 from service.run_cost import RunCost
 
 
@@ -162,23 +157,33 @@ def test_swaps_and_workers_are_counted(metrics: Metrics, registry: CollectorRegi
     assert value(registry, "scoring_silent_workers_total") == 1
 
 
-def test_families_render_to_the_same_text(metrics: Metrics) -> None:
-    metrics.bundle_served(bundle="b", schema="s")
-    metrics.request_finished(outcome="ok", seconds=0.002, candidates=3)
+def test_process_and_loop_are_told(metrics: Metrics, registry: CollectorRegistry) -> None:
+    metrics.loop_was_late(0.004)
+    metrics.connections_counted(lambda: 3)
+    assert value(registry, "scoring_event_loop_lag_seconds_bucket", le="0.003") == 0
+    assert value(registry, "scoring_event_loop_lag_seconds_bucket", le="0.004") == 1
+    assert value(registry, "scoring_open_connections") == 3
+    for name in ("process_resident_bytes", "process_open_files", "process_cpu_seconds_total"):
+        assert (value(registry, f"scoring_{name}") or 0) > 0
+    assert value(registry, "scoring_cpu_throttled_seconds_total") is not None
 
-    assert render_families(metrics.families()) == metrics.render()
+
+def test_connections_are_not_told_where_nobody_counts_them(
+    metrics: Metrics, registry: CollectorRegistry
+) -> None:
+    assert value(registry, "scoring_open_connections") is None
 
 
 def test_exposition_parses_and_stays_short(metrics: Metrics) -> None:
     metrics.bundle_served(bundle="b", schema="s")
     text = metrics.render().decode()
     families = list(text_string_to_metric_families(text))
-    assert len(families) == 26
+    assert len(families) == 32
     assert all(family.name.startswith("scoring_") for family in families)
     assert "_created" not in text
     assert {family.type for family in families} == {"counter", "gauge", "histogram"}
     assert all(family.documentation for family in families)
-    assert len(text.splitlines()) < 300
+    assert len(text.splitlines()) < 350
 
 
 def test_registries_are_separate() -> None:

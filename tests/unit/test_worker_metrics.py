@@ -1,9 +1,11 @@
 import re
+import time
 from pathlib import Path
 
 import pytest
 
-from service.observe import Family, Metrics
+from service.exposition import Family
+from service.observe import Metrics
 from service.worker_metrics import Report, WorkerMetrics, merge
 
 pytestmark = pytest.mark.anyio
@@ -104,13 +106,48 @@ async def test_text_is_that_of_one_process_if_there_is_one(tmp_path: Path) -> No
         text = await alone.render()
 
     gauges = re.compile(rb'\{worker="0"\}|,worker="0"')
-    assert gauges.sub(b"", text) == metrics.render()
+    assert unread(gauges.sub(b"", text)) == unread(metrics.render())
+
+
+def unread(text: bytes) -> list[bytes]:
+    """Without what is read from the kernel, which is never twice the same."""
+    kernel = (b"scoring_process_", b"scoring_cpu_")
+    return [line for line in text.splitlines() if not line.startswith(kernel)]
 
 
 def test_series_that_only_some_workers_have_are_kept() -> None:
-    first = Family("a", "", "counter", [("a_total", {"x": "1"}, 2.0)])
-    second = Family("a", "", "counter", [("a_total", {"x": "2"}, 3.0), ("a_total", {"x": "1"}, 5)])
+    first = Family("a", "", "counter", [('a_total{x="1"}', 2.0)])
+    second = Family("a", "", "counter", [('a_total{x="2"}', 3.0), ('a_total{x="1"}', 5)])
 
     (merged,) = merge([Report(0, True, [first]), Report(1, True, [second])])
 
-    assert merged.samples == [("a_total", {"x": "1"}, 7.0), ("a_total", {"x": "2"}, 3.0)]
+    assert merged.samples == [('a_total{x="1"}', 7.0), ('a_total{x="2"}', 3.0)]
+
+
+def test_what_all_workers_tell_of_the_machine_is_not_summed() -> None:
+    told = [
+        Report(worker, True, [Family("a", "", "counter", [("a_total", value)], is_shared=True)])
+        for worker, value in enumerate([2.0, 2.5, 2.25])
+    ]
+
+    (merged,) = merge(told)
+
+    assert merged.samples == [("a_total", 2.5)]
+
+
+async def test_process_figures_are_of_all_workers(tmp_path: Path) -> None:
+    metrics = Metrics()
+    metrics.connections_counted(lambda: 3)
+    metrics.loop_was_late(0.004)
+    other = Metrics()
+    other.loop_was_late(0.004)
+    async with worker(tmp_path, 0, metrics) as asked, worker(tmp_path, 1, other):
+        text = await asked.render()
+
+    cpu = value(text, "scoring_process_cpu_seconds_total")
+    assert cpu is not None
+    assert cpu > time.process_time()  # of two workers, which here are one process
+    assert value(text, 'scoring_open_connections{worker="0"}') == 3
+    assert value(text, 'scoring_open_connections{worker="1"}') is None
+    assert value(text, 'scoring_event_loop_lag_seconds_bucket{le="0.004"}') == 2
+    assert value(text, 'scoring_process_resident_bytes{worker="1"}') is not None
