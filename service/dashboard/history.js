@@ -1,5 +1,8 @@
 // Remembers what /metrics said for a while, and tells what happened between two moments.
 
+// A sum over workers may come out lower in its last bits; what is lower still has begun anew.
+const ROUNDING = 1 - 1e-9;
+
 /** Samples of all series, newest last. Counters go on growing over a restart of the service. */
 class History {
   #columns = new Map();
@@ -31,8 +34,9 @@ class History {
       }
       // One that is not told has not begun yet: codes appear when they first happen.
       const current = value ?? 0;
-      if (current < column.last) hasRestarted = true;
-      column.total += current < column.last ? current : current - column.last;
+      const hasReset = current < column.last * ROUNDING;
+      hasRestarted ||= hasReset;
+      column.total += hasReset ? current : Math.max(0, current - column.last);
       column.last = current;
       row[column.index] = column.total;
     }

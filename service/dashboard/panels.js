@@ -5,7 +5,7 @@ function renderState(state, total) {
   const schemas = [...new Set(state.bundles.map(({ schema }) => schema))];
   setText(byId("schema"), schemas.map((schema) => schema.slice(0, 16)).join(", ") || "none yet");
   byId("schema").title = schemas.join(", ");
-  put("bundle.age", state.bundleAge, formatAgo);
+  put("bundle.age", state.bundleAge, formatAgo, levelOf(state.bundleAge, LIMITS.bundleAgeSeconds, true));
   put("items.rows", state.itemRows, formatCount);
   put("items.age", state.itemAge, formatAgo);
   put("queue.rows", state.queueRows, formatCount);
@@ -54,7 +54,8 @@ function renderFigures(figures, state, view) {
   renderStages(figures.stages);
   renderBatches(figures.batches);
   renderUsers(users, requests);
-  put("items.unknown", share(figures.unknownItems, figures.candidates), formatShare);
+  const noItem = share(figures.unknownItems, figures.candidates);
+  put("items.unknown", noItem, formatShare, levelOf(noItem, LIMITS.unknownItemShare, true));
   put("model.nonFinite", figures.nonFinite, formatCount, figures.nonFinite > 0 ? "bad" : "ok");
   put("model.ignoredFeatures", figures.ignoredFeatures, formatCount);
   renderFeatures(figures.features, state.drift);
@@ -127,8 +128,10 @@ function renderBatches({ rows, requests, perSecond, drops }) {
 function renderUsers({ degraded, storeErrors, unknown, recordAge }, requests) {
   const replaced = share(degraded.get("user_features") ?? 0, requests.answered);
   put("users.degraded", replaced, formatShare, levelOf(replaced, LIMITS.degradedShare, true));
-  put("users.stale", share(degraded.get("stale_user_features") ?? 0, requests.answered), formatShare);
-  put("users.unknown", share(unknown, requests.answered), formatShare);
+  const stale = share(degraded.get("stale_user_features") ?? 0, requests.answered);
+  put("users.stale", stale, formatShare, levelOf(stale, LIMITS.staleShare, true));
+  const noRecord = share(unknown, requests.answered);
+  put("users.unknown", noRecord, formatShare, levelOf(noRecord, LIMITS.unknownUserShare, true));
   const numErrors = [...storeErrors.values()].reduce((sum, count) => sum + count, 0);
   put("users.storeErrors", numErrors, () => listCounts(storeErrors) || "none");
   put("users.ageP50", quantile(recordAge, 0.5), formatAge);

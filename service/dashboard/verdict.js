@@ -1,17 +1,21 @@
 // How the service is doing, in words: what is wrong first, and what to do about it.
 
-// Pairs: from here on worth watching, from here on bad.
+// Pairs: from here on worth watching, from here on bad. As far as they say the same thing, those of
+// the alerts; these hold at once, and for a shorter time.
 const LIMITS = {
   judgedFromRequests: 20,
-  p99Seconds: [0.02, 0.1],
+  p99Seconds: [0.05, 0.1],
   lostShare: [0.001, 0.01],
   failedShare: [0.0001, 0.001],
-  degradedShare: [0.01, 0.1],
+  degradedShare: [0.01, 0.5],
+  staleShare: [0.05, 0.5],
+  unknownUserShare: [0.9, Infinity],
   callerShare: [0.01, Infinity],
-  unknownItemShare: [0.05, 0.5],
+  unknownItemShare: [0.1, 0.9],
   drift: [0.25, Infinity],
-  lagP99Seconds: [0.01, 0.05],
-  throttledShare: [0.01, 0.1],
+  bundleAgeSeconds: [14 * DAY_S, Infinity],
+  lagP99Seconds: [0.02, 0.1],
+  throttledShare: [0.05, 0.2],
 };
 
 const LEVELS = ["ok", "watch", "bad"];
@@ -23,9 +27,12 @@ function limitRows() {
     ["refused, late or failed", "lostShare", formatShare],
     ["failed in the model or by a bug", "failedShare", formatShare],
     ["answered without the user's record", "degradedShare", formatShare],
+    ["answered with an old user record", "staleShare", formatShare],
+    ["requests of users without a record", "unknownUserShare", formatShare],
     ["callers' mistakes", "callerShare", formatShare],
     ["candidates that are not in the item table", "unknownItemShare", formatShare],
     ["drift (PSI) of a feature", "drift", formatNumber],
+    ["age of the bundle", "bundleAgeSeconds", formatAge],
     ["event loop late (p99)", "lagP99Seconds", formatSeconds],
     ["held back by the CPU quota, share of the time", "throttledShare", formatShare],
   ];
@@ -115,7 +122,7 @@ function judgeWorkers(state, figures, restarts) {
   }
   if (restarts > 0) {
     found.push(problem("watch", "the service has been restarted",
-      "Its counters began anew while this page was open.", "Expected after an upgrade."));
+      "Its counters began anew while this page was open.", "Nothing, if that was an upgrade; else see the log for why it ended."));
   }
   return found;
 }
@@ -155,7 +162,9 @@ function judgeUsers({ requests, users }) {
   const many = requests.answered >= LIMITS.judgedFromRequests;
   const level = levelOf(requests.degradedShare, LIMITS.degradedShare, many);
   const stale = share(users.degraded.get("stale_user_features") ?? 0, requests.answered);
-  const staleLevel = levelOf(stale, LIMITS.degradedShare, many);
+  const staleLevel = levelOf(stale, LIMITS.staleShare, many);
+  const unknown = share(users.unknown, requests.answered);
+  const unknownLevel = levelOf(unknown, LIMITS.unknownUserShare, many);
   const found = [];
   if (level !== "ok") {
     const why = listCounts(users.storeErrors);
@@ -167,6 +176,10 @@ function judgeUsers({ requests, users }) {
   if (staleLevel !== "ok") {
     found.push(problem(staleLevel, `${formatShare(stale)} of answers used an old user record`, "",
       "Run materialize and load-records again; see why they stopped."));
+  }
+  if (unknownLevel !== "ok") {
+    found.push(problem(unknownLevel, `${formatShare(unknown)} of requests are of users without a record`,
+      "They are scored with defaults.", "Is this the right store? Run load-records."));
   }
   return found;
 }
@@ -194,6 +207,10 @@ function judgeModel(state, figures) {
   if (level !== "ok") {
     found.push(problem(level, `${formatShare(unknown)} of candidates are not in the item table`,
       "They are scored with defaults.", "Make and load a newer item snapshot."));
+  }
+  if (state.bundleAge >= LIMITS.bundleAgeSeconds[0]) {
+    found.push(problem("watch", "the bundle is old", `It was made ${formatAgo(state.bundleAge)}.`,
+      "Train on newer logs and export; see why that stopped."));
   }
   const drifted = [...state.drift].filter(([, psi]) => psi >= LIMITS.drift[0]);
   if (drifted.length > 0) {
