@@ -18,9 +18,11 @@ class History {
 
   /** Takes the text of /metrics as of `at` (ms). */
   add(at, text) {
+    // The viewer's clock was set back: of what was before, no rate can be told.
+    if (this.newest !== null && at <= this.newest.at) this.samples = [];
     const { kinds, values } = parseExposition(text);
     const told = new Map(values);
-    const isFirst = this.samples.length === 0;
+    const isFirst = this.newest === null;
     for (const [series] of values) this.#columnOf(series, kinds);
     const row = new Float64Array(this.#columns.size).fill(NaN);
     const asTold = row.slice();

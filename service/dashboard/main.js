@@ -71,7 +71,7 @@ function addPoint() {
   const { samples } = history_;
   const to = samples[samples.length - 1];
   const oldest = to.at - KEEP_SECONDS * 1000;
-  while (points.length > 0 && points[0].at < oldest) points.shift();
+  while (points.length > 0 && (points[0].at < oldest || points[0].at > to.at)) points.shift();
   if (samples.length < 2) return;
   const from = samples[samples.length - 2];
   if (to.at - from.at > 3 * everyMs + ANSWER_LIMIT_MS) {

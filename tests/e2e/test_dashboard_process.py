@@ -364,6 +364,19 @@ def test_restart_of_the_service_takes_nothing_from_the_figures(tab: Tab, stand_i
     assert headline(tab) == "Serving, but look at this: the service has been restarted"
 
 
+def test_sum_over_workers_that_is_lower_in_its_last_bits_is_no_restart(
+    tab: Tab, stand_in: StandIn
+) -> None:
+    stand_in.serve()
+    stand_in.extra = "# TYPE scoring_other_total counter\nscoring_other_total 0.30000000000000004\n"
+    open_page(tab, stand_in.url)
+    stand_in.answer(100)
+    stand_in.extra = stand_in.extra.replace("0.30000000000000004", "0.3")
+    look_again(tab)
+
+    assert headline(tab) == "Serving well"
+
+
 def test_service_that_is_gone_is_told_with_the_time_and_comes_back(
     tab: Tab, stand_in: StandIn
 ) -> None:
