@@ -39,10 +39,11 @@ from model.contract.bundle import (
 from model.contract.encode import Encoder
 from model.contract.errors import ParityError
 from model.contract.log_spec import num_unserved
-from model.contract.spec import FIRST_CODE, MISSING_CODE, UNKNOWN_CODE, Schema
+from model.contract.spec import UNKNOWN_CODE, Schema
 from model.cost import are_parts_faster
 from model.dataset import EncodedSplit
 from model.golden import golden_requests, synthetic_requests
+from model.histograms import histograms
 from model.nets.layers import Net, NetInput
 from model.serving_graph import ServingGraph, chain_outputs
 from model.serving_items import item_parts
@@ -167,7 +168,7 @@ def export_bundle(
         files={
             **_model_files(model, parts),
             SCHEMA: fitted.model_dump_json(by_alias=True).encode(),
-            HISTOGRAMS: json.dumps(histograms(train, encoder)).encode(),
+            HISTOGRAMS: histograms(train, encoder).model_dump_json().encode(),
             **golden_files(golden),
         },
     )
@@ -380,39 +381,10 @@ def _compare(expected: Probabilities, actual: Probabilities, *, what: str) -> No
             )
 
 
-def histograms(split: EncodedSplit, encoder: Encoder) -> dict[str, Any]:
-    """Distribution of every encoded training column, for drift: shares per code or per decile."""
-    result: dict[str, Any] = {}
-    sides = (
-        (encoder.request_layout, split.request_ids, split.request_dense),
-        (encoder.candidate_layout, split.candidate_ids, split.candidate_dense),
-    )
-    for layout, ids, dense in sides:
-        for j, name in enumerate(layout.ids):
-            counts = np.bincount(ids[:, j])
-            top = np.argsort(counts)[::-1][:50]
-            result[name] = {
-                "missing": _share(counts, MISSING_CODE),
-                "unknown": _share(counts, UNKNOWN_CODE),
-                "codes": {
-                    int(c): counts[c] / len(ids) for c in top if c >= FIRST_CODE and counts[c]
-                },
-            }
-        for j, name in enumerate(layout.dense_columns):
-            edges = np.unique(np.quantile(dense[:, j], np.linspace(0, 1, 11)[1:-1]))
-            shares = np.bincount(np.searchsorted(edges, dense[:, j]), minlength=len(edges) + 1)
-            result[name] = {"edges": edges.tolist(), "shares": (shares / len(dense)).tolist()}
-    return result
-
-
 def tool_versions() -> dict[str, str]:
     """Versions of what a bundle was made with."""
     names = ("torch", "onnx", "onnxruntime", "onnxscript", "numpy", "polars", "ctr-scoring")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def _share(counts: npt.NDArray[np.int64], code: int) -> float:
-    return float(counts[code] / counts.sum()) if code < len(counts) else 0.0
 
 
 def _with_hostile_ids(blocks: Blocks) -> Blocks:

@@ -11,6 +11,7 @@ from model.contract.errors import LogError
 from model.contract.ids import canonical_id
 from model.contract.record import pack_record
 from model.contract.spec import load_schema
+from model.contract.times import AS_OF
 from model.history import AsOf
 from model.logs import TIME
 from model.tables import Tables
@@ -54,14 +55,14 @@ def write_snapshot(
     out.mkdir(parents=True, exist_ok=True)
     progress("making the item snapshot")
     items = view.item_snapshot(as_of)
-    _write(items, out / ITEMS)
+    _write(items, out / ITEMS, as_of=as_of)
     progress("making user records")
     rows = [
         (canonical_id(user), pack_record(record))
         for user, record in view.user_records(as_of, max_keys=MAX_KEYS)
     ]
     records = pl.DataFrame(rows, schema={"user_id": pl.String, "record": pl.Binary}, orient="row")
-    _write(records, out / RECORDS)
+    _write(records, out / RECORDS, as_of=as_of)
     sizes = records["record"].bin.size()
     return Snapshot(
         records=out / RECORDS,
@@ -73,9 +74,9 @@ def write_snapshot(
     )
 
 
-def _write(frame: pl.DataFrame, path: Path) -> None:
+def _write(frame: pl.DataFrame, path: Path, *, as_of: float) -> None:
     temporary = path.with_name(f".{path.name}")
-    frame.write_parquet(temporary)
+    frame.write_parquet(temporary, metadata={AS_OF: repr(as_of)})
     temporary.replace(path)
 
 

@@ -19,6 +19,7 @@ from service.item_files import ItemOpener, open_in_memory
 from service.loop_lag import LagProbe
 from service.observe import Metrics
 from service.runtime import Outputs
+from service.sampler import Sampler
 from service.scorer import Scorer
 from service.settings import Settings
 from service.state import ServingState
@@ -115,9 +116,31 @@ def _new_request_id() -> str:
 def _make_swapper(
     status: ServiceStatus, settings: Settings, *, store: OnlineStore, open_items: ItemOpener
 ) -> Swapper:
+    sampler: Sampler | None = None
+
     def make_scorer(state: ServingState, batcher: MicroBatcher[Blocks, Outputs]) -> Scorer:
+        nonlocal sampler
+        if settings.health.sample_every and (
+            sampler is None or sampler.bundle != state.manifest.bundle_id
+        ):
+            # Other items alone go on with what has been sampled.
+            sampler = status.metrics.make_sampler(
+                state.manifest.bundle_id,
+                state.encoder,
+                state.histograms,
+                every=settings.health.sample_every,
+                window_s=settings.health.drift_window_s,
+            )
+        status.metrics.ages_known(
+            bundle_made_at=state.manifest.made_at, items_as_of=state.items.as_of
+        )
         return Scorer(
-            state, store=store, batcher=batcher, metrics=status.metrics, settings=settings.store
+            state,
+            store=store,
+            batcher=batcher,
+            metrics=status.metrics,
+            settings=settings.store,
+            sampler=sampler,
         )
 
     return Swapper(status, settings=settings, open_items=open_items, make_scorer=make_scorer)

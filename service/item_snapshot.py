@@ -1,6 +1,7 @@
 """Reads an item snapshot (Parquet) and encodes it into an item table, in memory or in a file."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from model.contract.encode import Encoder
 from model.contract.errors import EncodeError, LogError
 from model.contract.ids import canonical_id
 from model.contract.spec import Feature, Match, Numeric
+from model.contract.times import AS_OF
 from service.item_index import DuplicateIdError, ItemIndex, Rows, build_index
 from service.item_sums import ItemSums
 from service.items import (
@@ -48,7 +50,9 @@ def load_item_table(
     specs = row_specs(encoder, snapshot.index.num_items, item_sums=item_sums)
     rows = ItemRows(**{name: np.empty(*spec) for name, spec in specs.items()})
     _fill(rows, snapshot, encoder, item_sums)
-    return ItemTable(encoder, index=snapshot.index, rows=rows, item_sums=item_sums)
+    return ItemTable(
+        encoder, index=snapshot.index, rows=rows, item_sums=item_sums, as_of=snapshot.as_of
+    )
 
 
 def write_item_file(
@@ -61,7 +65,13 @@ def write_item_file(
         OSError: The file cannot be written; what there is of it is left to the caller.
     """
     snapshot = _open(snapshot_path, encoder)
-    rows = create_item_file(target, index=snapshot.index, encoder=encoder, item_sums=item_sums)
+    rows = create_item_file(
+        target,
+        index=snapshot.index,
+        encoder=encoder,
+        item_sums=item_sums,
+        as_of=snapshot.as_of,
+    )
     _fill(rows, snapshot, encoder, item_sums)
 
 
@@ -75,6 +85,7 @@ class _Snapshot:
         ids: Canonical ids, int64 [n] or texts.
         index: Of the table.
         order: intp [n], the snapshot's row of each row of the table.
+        as_of: Unix seconds.
     """
 
     path: Path
@@ -82,6 +93,7 @@ class _Snapshot:
     ids: npt.NDArray[np.int64] | list[str]
     index: ItemIndex
     order: Rows
+    as_of: float
 
 
 def _open(path: Path, encoder: Encoder) -> _Snapshot:
@@ -107,7 +119,24 @@ def _open(path: Path, encoder: Encoder) -> _Snapshot:
         ids=ids,
         index=index,
         order=order,
+        as_of=_as_of(path),
     )
+
+
+def _as_of(path: Path) -> float:
+    """The time that the snapshot names, or that of its writing if it names none."""
+    with reading("item snapshot", path):
+        text = pl.read_parquet_metadata(path).get(AS_OF)
+        written_at = path.stat().st_mtime
+    try:
+        as_of = written_at if text is None else float(text)
+    except ValueError:
+        as_of = math.nan
+    if not math.isfinite(as_of):
+        raise LogError(
+            f"item snapshot {path}: {AS_OF} is {text!r}, expected unix seconds", path=path
+        )
+    return as_of
 
 
 def _read(path: Path, columns: list[str]) -> pl.DataFrame:

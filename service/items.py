@@ -74,6 +74,7 @@ class ItemTable:
         rows: ItemRows,
         item_sums: ItemSums | None = None,
         file: MappedFile | None = None,
+        as_of: float | None = None,
     ) -> None:
         """Takes what `load_item_table` built.
 
@@ -83,8 +84,10 @@ class ItemTable:
             rows: Made read-only.
             item_sums: What the rows' sums were made by; None if there are none.
             file: In which index and rows lie, if they do.
+            as_of: Time of the snapshot, unix seconds; None for a table of none.
         """
         self.file = file
+        self.as_of = as_of
         self._encoder = encoder
         self._index = index
         self._ids, self._dense, self._keys = rows.ids, rows.dense, rows.keys
@@ -193,7 +196,12 @@ def write_default_row(encoder: Encoder, rows: ItemRows) -> None:
 
 
 def create_item_file(
-    path: Path, *, index: ItemIndex, encoder: Encoder, item_sums: ItemSums | None = None
+    path: Path,
+    *,
+    index: ItemIndex,
+    encoder: Encoder,
+    item_sums: ItemSums | None = None,
+    as_of: float | None = None,
 ) -> ItemRows:
     """Makes the file of a table, index written, and returns its rows, mapped, to be filled.
 
@@ -215,6 +223,7 @@ def create_item_file(
         "seed": index.seed,
         "window": index.window,
         "arrays": entries,
+        "as_of": as_of,
     }
     with path.open("wb+") as file:
         file.truncate(offset)
@@ -260,7 +269,14 @@ def map_item_file(path: Path, encoder: Encoder, *, item_sums: ItemSums | None = 
         keys=arrays["index_keys"],
         checks=arrays["checks"],
     )
-    return ItemTable(encoder, index=index, rows=_rows(arrays), item_sums=item_sums, file=file)
+    return ItemTable(
+        encoder,
+        index=index,
+        rows=_rows(arrays),
+        item_sums=item_sums,
+        file=file,
+        as_of=header["as_of"],
+    )
 
 
 def _rows(arrays: Arrays) -> ItemRows:

@@ -5,18 +5,24 @@ type: they are called in `finally`. Labels come from closed sets, so what a work
 bound whatever the traffic: writing it out stalls the event loop in proportion.
 """
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry
 
+from model.contract.encode import Encoder
+from model.contract.histograms import FeatureHistograms
 from service.batch_plan import DropReason
 from service.cpu_limits import read_throttled_s
+from service.drift import WindowCounts
 from service.errors import ServiceError, StoreError, error_codes
 from service.exposition import Family, Kind, Source, render_families
+from service.feature_metrics import FeatureCounts, FeatureDrift
 from service.histograms import Histogram, Histograms
 from service.process import cpu_seconds, open_files, resident_bytes
 from service.run_cost import RunCost
+from service.sampler import Sampler
 from service.values import Info, Readings, Value, Values
 
 Stage = Literal["parse", "features", "encode", "queue", "run", "respond"]
@@ -30,6 +36,10 @@ _LATENCY_BUCKETS_S = tuple(
 _LAG_BUCKETS_S = tuple(ms * _MS for ms in (1, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 50, 100, 250, 1000))
 _ROWS_BUCKETS = (1, 5, 10, 20, 50, 100, 150, 200, 300, 400, 600, 1000, 2000)
 _REQUESTS_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+_PROBABILITY_BUCKETS = (
+    *(1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 2e-3, 5e-3),
+    *(0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9),
+)
 _HOUR_S = 3600
 _DAY_S = 24 * _HOUR_S
 _AGE_BUCKETS_S = (
@@ -66,16 +76,57 @@ class Metrics:
         self._init_requests()
         self._init_batches()
         self._init_features()
+        self._init_health()
         self._init_state()
         self._init_process()
 
     def render(self) -> bytes:
         """Current values in the Prometheus text format, of `exposition.CONTENT_TYPE`."""
-        return render_families(self.families())
+        return render_families([*self.families(), self.drift(self.windows())])
 
     def families(self) -> list[Family]:
-        """Current values."""
+        """Current values of all but drift, which is made of the counts of all workers."""
         return [family for source in self._sources for family in source.families()]
+
+    def windows(self) -> list[WindowCounts]:
+        """What this worker's drift is made of; nothing without a bundle that can tell it."""
+        return self._feature_drift.told()
+
+    def drift(self, windows: Iterable[WindowCounts]) -> Family:
+        """The drift of all these workers together."""
+        return self._feature_drift.family(windows)
+
+    def make_sampler(
+        self,
+        bundle: str,
+        encoder: Encoder,
+        histograms: FeatureHistograms | None,
+        *,
+        every: int,
+        window_s: float,
+    ) -> Sampler:
+        """A sampler whose findings are told from now on in place of those of the one before.
+
+        Args:
+            bundle: See `Sampler`, as for the others.
+            encoder: See there.
+            histograms: See there.
+            every: See there.
+            window_s: See there.
+        """
+        names = encoder.schema.output_names
+        sampler = Sampler(
+            bundle,
+            encoder,
+            histograms,
+            probabilities={name: self._probabilities.of(name) for name in names},
+            bounds=self._probabilities.bounds,
+            every=every,
+            window_s=window_s,
+        )
+        self._feature_counts.follow(sampler)
+        self._feature_drift.follow(sampler)
+        return sampler
 
     def request_finished(self, *, outcome: str, seconds: float, candidates: int = 0) -> None:
         """One scoring request ended.
@@ -166,6 +217,11 @@ class Metrics:
     def bundle_served(self, *, bundle: str, schema: str) -> None:
         """This bundle is the one being served now; the one before disappears."""
         self._bundle_info.tell(bundle, schema)
+
+    def ages_known(self, *, bundle_made_at: float | None, items_as_of: float | None) -> None:
+        """From when bundle and item snapshot are, in unix seconds; None tells no age."""
+        self._bundle_age.read = _age(bundle_made_at)
+        self._items_age.read = _age(items_as_of)
 
     def ready_changed(self, *, is_ready: bool) -> None:
         """The service began or ceased to take requests."""
@@ -267,6 +323,19 @@ class Metrics:
             "record_age_seconds", "Age of the user records used", _AGE_BUCKETS_S
         )
 
+    def _init_health(self) -> None:
+        self._probabilities = Histograms(
+            "scoring_predicted_probability",
+            "Predicted probabilities of sampled candidates",
+            bounds=_PROBABILITY_BUCKETS,
+            registry=self._registry,
+            label="output",
+        )
+        self._feature_counts = FeatureCounts(self._registry)
+        # The features first: reading them counts what has been taken and not been counted yet.
+        self._sources += [self._feature_counts, self._probabilities]
+        self._feature_drift = FeatureDrift(self._registry)
+
     def _init_state(self) -> None:
         self._bundle_info = Info(
             "scoring_bundle_info",
@@ -275,6 +344,13 @@ class Metrics:
             registry=self._registry,
         )
         self._sources.append(self._bundle_info)
+        self._bundle_age = self._reading(
+            "bundle_age_seconds", "Time since the bundle being served was made"
+        )
+        self._items_age = self._reading(
+            "item_snapshot_age_seconds",
+            "Time since what the item snapshot is as of, or its writing if it does not say",
+        )
         self._ready = self._gauge("ready", "1 while requests are taken")
         self._item_table_rows = self._gauge("item_table_rows", "Items in the item table")
         parts = get_args(SwapPart)
@@ -359,3 +435,7 @@ class Metrics:
         )
         self._sources.append(made)
         return made
+
+
+def _age(since: float | None) -> Callable[[], float | None]:
+    return lambda: None if since is None else max(0.0, time.time() - since)

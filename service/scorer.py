@@ -26,6 +26,7 @@ from service.errors import (
 from service.features import Candidates, EncodedRequest, Id
 from service.observe import Metrics
 from service.runtime import Outputs
+from service.sampler import Sampler
 from service.settings import StoreSettings
 from service.state import ServingState
 from service.stores.base import OnlineStore
@@ -101,6 +102,7 @@ class Scorer:
         batcher: MicroBatcher[Blocks, Outputs],
         metrics: Metrics,
         settings: StoreSettings,
+        sampler: Sampler | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Takes the parts of the service.
@@ -111,6 +113,7 @@ class Scorer:
             batcher: In front of the state's runtime.
             metrics: Told of everything that is not as it should be.
             settings: Says at what age a record is stale.
+            sampler: Of the state's bundle; None looks at no values.
             clock: Unix seconds, for requests that name no time.
         """
         self.state = state
@@ -118,6 +121,7 @@ class Scorer:
         self._batcher = batcher
         self._metrics = metrics
         self._max_record_age_s = settings.max_record_age_s
+        self._sampler = sampler
         self._clock = clock
 
     @property
@@ -149,6 +153,8 @@ class Scorer:
         self._metrics.stage_finished(stage="encode", seconds=time.perf_counter() - looked_up_at)
         user_status = self._judge_user(user, request_time)
         outputs = await self._batcher.submit(encoded.blocks, deadline)
+        if self._sampler is not None and self._sampler.is_due():
+            self._sampler.take(encoded.blocks, outputs)
         is_finite = _finite_rows(outputs)
         self._count(encoded, is_finite)
         return ScoreResult(

@@ -121,6 +121,20 @@ class LimitSettings(_Section):
     )
 
 
+class HealthSettings(_Section):
+    """What is sampled to tell how the model's inputs and outputs are distributed."""
+
+    sample_every: int = Field(
+        16, ge=0, le=1_000_000, description="One request in so many is looked at; 0 none"
+    )
+    drift_window_s: float = Field(
+        3600.0,
+        ge=60,
+        le=30 * 24 * 3600,
+        description="Length of the sliding window over which drift is told",
+    )
+
+
 class Settings(BaseSettings):
     """Everything that can be set, frozen. Build it with `load_settings`."""
 
@@ -160,6 +174,7 @@ class Settings(BaseSettings):
     store: StoreSettings = Field(default_factory=StoreSettings, description="Online store")
     batch: BatchSettings = Field(default_factory=BatchSettings, description="Micro-batches")
     limits: LimitSettings = Field(default_factory=LimitSettings, description="Per request")
+    health: HealthSettings = Field(default_factory=HealthSettings, description="Sampling")
     drain_delay_ms: int = Field(
         500,
         ge=0,

@@ -9,6 +9,7 @@ from pathlib import Path
 from model.contract.blocks import Blocks
 from model.contract.bundle import Bundle, Manifest, read_bundle
 from model.contract.encode import Encoder
+from model.contract.histograms import FeatureHistograms
 from service.batch_plan import BatchObserver, BatchPlan, Tiling
 from service.batcher import MicroBatcher
 from service.cpu_limits import read_cpu_limits
@@ -36,6 +37,7 @@ class ServingState:
         cost: Of the runtime's runs, measured here.
         items: Encoded by `encoder`.
         features: Puts a request's features together from `encoder` and `items`.
+        histograms: Of the bundle's training rows; None if it has none.
         item_sums: Of the bundle, if `runtime` adds the items' sums; None if it reads no sums.
     """
 
@@ -45,6 +47,7 @@ class ServingState:
     cost: RunCost
     items: ItemTable
     features: FeatureSource
+    histograms: FeatureHistograms | None = None
     item_sums: ItemSums | None = None
 
     def make_batcher(
@@ -220,5 +223,6 @@ def _complete(
         cost=cost,
         items=items,
         features=FeatureSource(encoder, items),
+        histograms=bundle.histograms,
         item_sums=item_sums,
     )

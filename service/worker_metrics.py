@@ -2,7 +2,8 @@
 
 Each worker tells its own values over a unix socket in a directory that the workers share; the one
 that is asked puts them together. Counters and histograms are summed; gauges are told per worker,
-with a label `worker`. Recording stays as cheap as in one process.
+with a label `worker`; drift is made of the sums of what the workers have counted. Recording stays
+as cheap as in one process.
 
 Sums never go back. A worker writes what it is about to tell to a file first: the file stands in
 while it does not answer, and a worker started in its place goes on from it.
@@ -19,6 +20,7 @@ from typing import Self
 
 import msgspec
 
+from service.drift import WindowCounts
 from service.exposition import Family, render_families, with_label
 from service.observe import Metrics
 
@@ -28,7 +30,15 @@ _ANSWER_LIMIT_S = 0.5
 _READY = "scoring_ready"
 _RESTARTS = "scoring_worker_restarts_total"
 
-_DECODER = msgspec.msgpack.Decoder(list[Family])
+
+class Told(msgspec.Struct, array_like=True):
+    """What a worker tells: all its values, and what its drift is made of."""
+
+    families: list[Family]
+    windows: list[WindowCounts]
+
+
+_DECODER = msgspec.msgpack.Decoder(Told)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +48,7 @@ class Report:
     worker: int
     is_live: bool
     families: Sequence[Family]
+    windows: Sequence[WindowCounts] = ()
 
 
 class WorkerMetrics:
@@ -87,12 +98,15 @@ class WorkerMetrics:
         others = [worker for worker in range(self._num_workers) if worker != self._worker]
         reports = await asyncio.gather(*map(self._ask, others))
         own = _DECODER.decode(await self._tell())
-        merged = merge([Report(self._worker, True, own), *reports])
+        reports = [Report(self._worker, True, own.families, own.windows), *reports]
+        merged = merge(reports)
+        merged.append(self._metrics.drift(w for report in reports for w in report.windows))
         await asyncio.sleep(0)  # Each half holds the loop for milliseconds: requests go between.
         return render_families(merged)
 
     async def _tell(self) -> bytes:
-        told = msgspec.msgpack.encode(add(self._before, self._metrics.families()))
+        families = add(self._before, self._metrics.families())
+        told = msgspec.msgpack.encode(Told(families, self._metrics.windows()))
         await asyncio.to_thread(self._write_last, told)
         return told
 
@@ -111,10 +125,10 @@ class WorkerMetrics:
             async with asyncio.timeout(_ANSWER_LIMIT_S):
                 reader, writer = await asyncio.open_unix_connection(self._socket(worker))
                 try:
-                    families = _DECODER.decode(await reader.read())
+                    told = _DECODER.decode(await reader.read())
                 finally:
                     writer.close()
-            return Report(worker, True, families)
+            return Report(worker, True, told.families, told.windows)
         except (TimeoutError, OSError, msgspec.MsgspecError) as exc:
             _log.warning("worker %d did not tell its metrics: %s", worker, type(exc).__name__)
         self._metrics.worker_silent()
@@ -125,7 +139,7 @@ class WorkerMetrics:
 
     def _read_last(self, worker: int) -> list[Family]:
         path = self._directory / f"{worker}.metrics"
-        return _DECODER.decode(path.read_bytes()) if path.exists() else []
+        return _DECODER.decode(path.read_bytes()).families if path.exists() else []
 
     def _write_last(self, told: bytes) -> None:
         path = self._directory / f"{self._worker}.metrics"

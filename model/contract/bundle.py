@@ -2,9 +2,9 @@
 
 Files: manifest.json (versions, digests, names, training configuration, metrics), schema.json
 (schema and fitted vocabularies), model.onnx, golden.json and golden.npz (raw requests, their
-blocks, their probabilities) and histograms.json (of the encoded training features). Beside
-model.onnx there may be the same network in two parts: item_side.onnx, what its first layer makes of
-an item, and model_by_item.onnx, which adds that. Written whole or not at all.
+blocks, their probabilities) and, if it has it, histograms.json (of the encoded training features).
+Beside model.onnx there may be the same network in two parts: item_side.onnx, what its first layer
+makes of an item, and model_by_item.onnx, which adds that. Written whole or not at all.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ import shutil
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from model.contract.errors import (
     BundleRejected,
     ContractError,
 )
+from model.contract.histograms import FeatureHistograms
 from model.contract.ids import HASH_NAME, HASH_SEED
 from model.contract.record import RECORD_VERSION
 from model.contract.spec import CONTRACT_VERSION, FittedSchema, describe_errors
@@ -84,6 +86,15 @@ class Manifest(BaseModel):
     tool_versions: dict[str, str]
     item_features: tuple[str, ...] = ()
 
+    @property
+    def made_at(self) -> float | None:
+        """`created_at` in unix seconds; None if it is no time with an offset."""
+        try:
+            made_at = datetime.fromisoformat(self.created_at)
+        except ValueError:
+            return None
+        return None if made_at.tzinfo is None else made_at.timestamp()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Golden:
@@ -131,14 +142,19 @@ class ItemParts:
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """A bundle read from disk, every digest verified; `parts` is None if it has none."""
+    """A bundle read from disk, every digest verified.
+
+    Attributes:
+        histograms: of the training rows; None if it has none of this version.
+        parts: None if it has none.
+    """
 
     path: Path
     manifest: Manifest
     fitted: FittedSchema
     model: bytes
     golden: Golden
-    histograms: dict[str, Any]  # Any: JSON
+    histograms: FeatureHistograms | None = None
     parts: ItemParts | None = None
 
 
@@ -193,17 +209,16 @@ def read_bundle(path: Path) -> Bundle:
     """
     manifest = _read_manifest(path)
     files = {name: _read_file(path, name, entry) for name, entry in manifest.files.items()}
-    for name in (SCHEMA, MODEL, GOLDEN_RAW, GOLDEN_ENCODED, HISTOGRAMS):
+    for name in (SCHEMA, MODEL, GOLDEN_RAW, GOLDEN_ENCODED):
         if name not in files:
             raise BundleCorrupt(f"{path}: the manifest lists no {name}", where=name)
     try:
         fitted = FittedSchema.model_validate_json(files[SCHEMA])
         golden = _read_golden(files[GOLDEN_RAW], files[GOLDEN_ENCODED])
-        histograms = json.loads(files[HISTOGRAMS])
     except ValidationError as exc:
         raise BundleCorrupt(f"{path}: {SCHEMA}: {describe_errors(exc)}", where=SCHEMA) from exc
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as exc:
-        raise BundleCorrupt(f"{path}: unreadable golden rows or histograms: {exc}") from exc
+        raise BundleCorrupt(f"{path}: unreadable golden rows: {exc}") from exc
     if fitted.schema_.sha256 != manifest.schema_sha256:
         raise BundleCorrupt(f"{path}: the schema is not the manifest's", where=SCHEMA)
     return Bundle(
@@ -212,7 +227,7 @@ def read_bundle(path: Path) -> Bundle:
         fitted=fitted,
         model=files[MODEL],
         golden=golden,
-        histograms=histograms,
+        histograms=_histograms(path, files),
         parts=_item_parts(path, manifest, files),
     )
 
@@ -282,6 +297,15 @@ def golden_files(golden: Golden) -> dict[str, bytes]:
         GOLDEN_RAW: json.dumps(raw, allow_nan=False).encode(),
         GOLDEN_ENCODED: buffer.getvalue(),
     }
+
+
+def _histograms(path: Path, files: Mapping[str, bytes]) -> FeatureHistograms | None:
+    if HISTOGRAMS not in files:
+        return None
+    try:
+        return FeatureHistograms.parse(files[HISTOGRAMS])
+    except ValueError as exc:
+        raise BundleCorrupt(f"{path}: unreadable histograms: {exc}", where=HISTOGRAMS) from exc
 
 
 def _item_parts(path: Path, manifest: Manifest, files: Mapping[str, bytes]) -> ItemParts | None:

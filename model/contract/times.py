@@ -12,6 +12,9 @@ from model.contract.errors import EncodeError
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)")
 
 
+# Key in the metadata of a snapshot's files: the time they are as of, in unix seconds.
+AS_OF = "ctr_as_of"
+
 SECONDS_PER_DAY = 86400.0
 
 

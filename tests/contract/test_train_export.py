@@ -24,6 +24,7 @@ from model.config import TrainConfig
 from model.contract.bundle import PARITY_ABSOLUTE, PARITY_RELATIVE, Bundle, read_bundle
 from model.contract.encode import Encoder
 from model.contract.errors import GateError, LogError, ParityError, SpecError, TrainError
+from model.contract.histograms import number_names
 from model.contract.record import pack_record, unpack_record
 from model.contract.spec import FIRST_CODE, FittedSchema, load_schema, parse_schema
 from model.contract.store_columns import StoreColumns
@@ -43,6 +44,7 @@ from model.tables import Tables
 from model.train import CHECKPOINT, Metrics, Progress, TrainResult, _Run, predict, train
 from service.features import Candidates, FeatureSource, GivenColumn
 from service.item_snapshot import load_item_table
+from service.sampler import Sampler
 
 HOUR, DAY = 3_600, 86_400
 NUM_REQUESTS, PER_REQUEST, NUM_DAYS = 1_000, 4, 40
@@ -1031,14 +1033,47 @@ def test_manifest_says_what_the_graph_takes_and_gives(trained: Trained) -> None:
 
 
 def test_histograms_are_of_every_encoded_column(trained: Trained) -> None:
-    encoder = trained.encoder
+    encoder, found = trained.encoder, trained.bundle.histograms
     layouts = (encoder.request_layout, encoder.candidate_layout)
 
-    assert set(trained.bundle.histograms) == {
-        name for layout in layouts for name in (*layout.ids, *layout.dense_columns)
-    }
-    codes = trained.bundle.histograms["brand"]["codes"]
-    assert sum(codes.values()) == pytest.approx(1.0)
+    assert found is not None
+    assert set(found.ids) == {name for layout in layouts for name in layout.ids}
+    assert set(found.numbers) == {n for layout in layouts for n in number_names(layout)}
+
+
+def test_histograms_count_every_training_row(trained: Trained) -> None:
+    found, split = trained.bundle.histograms, trained.data.splits["train"]
+    assert found is not None
+
+    for names, num_rows in (
+        (trained.encoder.request_layout.ids, len(split.request_ids)),
+        (trained.encoder.candidate_layout.ids, len(split)),
+    ):
+        for name in names:
+            of = found.ids[name]
+            assert sum(of.counts) + of.other + of.missing + of.unknown == num_rows
+            assert all(count >= 0.01 * num_rows for count in of.counts)
+
+
+def test_training_rows_do_not_drift_from_their_histograms(trained: Trained) -> None:
+    split = trained.data.splits["train"]
+    sampler = Sampler(
+        "b",
+        trained.encoder,
+        trained.bundle.histograms,
+        probabilities={},
+        bounds=(),
+        every=1,
+        window_s=3600,
+    )
+    for request in range(len(split.request_ids)):
+        sampler.take(split.blocks(np.flatnonzero(split.request_of == request)), {})
+    sampler.count()
+
+    assert sampler.drift is not None
+    found = sampler.drift.indices([sampler.drift.told()])
+    assert len(found) > 5
+    assert max(found.values()) < 0.05
 
 
 def test_graph_runs_one_candidate_and_many_of_one_request(trained: Trained) -> None:

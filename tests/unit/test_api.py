@@ -32,7 +32,7 @@ from service.errors import (
 from service.features import Candidates
 from service.openapi import ANSWER_EXAMPLE, COLUMNS_ANSWER_EXAMPLE, REQUEST_EXAMPLES
 from service.scorer import ScoreRequest, ScoreResult
-from service.settings import Settings
+from service.settings import HealthSettings, Settings
 from service.status import ServiceStatus
 
 pytestmark = pytest.mark.anyio
@@ -517,7 +517,38 @@ async def test_metrics_tell_what_happened(running: RunningApp, tiny_bundle: Path
     ):
         assert line in text
     assert f'scoring_bundle_info{{bundle="{tiny_bundle.name}"' in text
-    assert len(text.splitlines()) < 300
+    assert len(text.splitlines()) < 600
+
+
+async def test_metrics_tell_what_the_sampled_requests_were_like(
+    settings: Settings, start_app: StartApp
+) -> None:
+    sampled = settings.model_copy(update={"health": HealthSettings(sample_every=1)})
+    async with start_app(sampled) as app:
+        for _ in range(8):
+            await app.client.post("/score", json=BODY)
+        text = await metrics_text(app.client)
+
+    assert 'scoring_feature_values_total{feature="age_band"} 8.0' in text
+    # Of four candidates in eight requests one in eight, or nearly.
+    looked_at = re.search(r'scoring_feature_values_total{feature="brand"} (\d+)', text)
+    assert looked_at is not None
+    assert 2 <= int(looked_at[1]) <= 6
+    assert f'scoring_predicted_probability_count{{output="pctcvr"}} {looked_at[1]}.0' in text
+    assert re.search(r"^scoring_bundle_age_seconds \d", text, re.M)
+    assert re.search(r"^scoring_item_snapshot_age_seconds \d", text, re.M)
+
+
+async def test_nothing_is_sampled_if_that_is_so_set(
+    settings: Settings, start_app: StartApp
+) -> None:
+    unsampled = settings.model_copy(update={"health": HealthSettings(sample_every=0)})
+    async with start_app(unsampled) as app:
+        await app.client.post("/score", json=BODY)
+        text = await metrics_text(app.client)
+
+    assert "scoring_feature_values_total{" not in text
+    assert "scoring_predicted_probability_count" not in text
 
 
 async def test_concurrent_requests_are_batched_and_kept_apart(running: RunningApp) -> None:

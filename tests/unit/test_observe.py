@@ -2,6 +2,7 @@ import io
 import json
 import logging
 import math
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -168,6 +169,15 @@ def test_process_and_loop_are_told(metrics: Metrics, registry: CollectorRegistry
     assert value(registry, "scoring_cpu_throttled_seconds_total") is not None
 
 
+def test_ages_are_of_now(metrics: Metrics, registry: CollectorRegistry) -> None:
+    metrics.ages_known(bundle_made_at=time.time() - 100, items_as_of=None)
+    assert value(registry, "scoring_bundle_age_seconds") == pytest.approx(100, abs=5)
+    assert value(registry, "scoring_item_snapshot_age_seconds") is None
+    metrics.ages_known(bundle_made_at=None, items_as_of=time.time() + 100)
+    assert value(registry, "scoring_bundle_age_seconds") is None
+    assert value(registry, "scoring_item_snapshot_age_seconds") == 0
+
+
 def test_connections_are_not_told_where_nobody_counts_them(
     metrics: Metrics, registry: CollectorRegistry
 ) -> None:
@@ -178,12 +188,12 @@ def test_exposition_parses_and_stays_short(metrics: Metrics) -> None:
     metrics.bundle_served(bundle="b", schema="s")
     text = metrics.render().decode()
     families = list(text_string_to_metric_families(text))
-    assert len(families) == 32
+    assert len(families) == 39
     assert all(family.name.startswith("scoring_") for family in families)
     assert "_created" not in text
     assert {family.type for family in families} == {"counter", "gauge", "histogram"}
     assert all(family.documentation for family in families)
-    assert len(text.splitlines()) < 350
+    assert len(text.splitlines()) < 350  # and as many as the bundle has features
 
 
 def test_registries_are_separate() -> None:

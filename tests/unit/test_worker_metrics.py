@@ -2,8 +2,13 @@ import re
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny
 
+from model.contract.blocks import Blocks, RequestBlock
+from model.contract.encode import Encoder
+from model.contract.histograms import FeatureHistograms, IdHistogram
 from service.exposition import Family
 from service.observe import Metrics
 from service.worker_metrics import Report, WorkerMetrics, merge
@@ -151,3 +156,36 @@ async def test_process_figures_are_of_all_workers(tmp_path: Path) -> None:
     assert value(text, 'scoring_open_connections{worker="1"}') is None
     assert value(text, 'scoring_event_loop_lag_seconds_bucket{le="0.004"}') == 2
     assert value(text, 'scoring_process_resident_bytes{worker="1"}') is not None
+
+
+async def test_drift_is_made_of_what_all_workers_have_counted(tmp_path: Path) -> None:
+    encoder = Encoder(tiny.fitted_schema())
+    trained = FeatureHistograms(
+        ids={"age_band": IdHistogram(codes=(3,), counts=(50,), other=50, missing=0, unknown=0)},
+        numbers={},
+    )
+    blocks = encoder.request_block({"age_band": ["25-34", "65+"]}, time=np.full(2, tiny.NOON))
+    no_candidates = encoder.candidate_block({}, time=np.empty(0))
+    both = []
+    for row, times in ((0, 400), (1, 100)):
+        metrics = Metrics()
+        sampler = metrics.make_sampler("b", encoder, trained, every=1, window_s=3600)
+        request = RequestBlock(
+            ids=blocks.ids[row : row + 1],
+            dense=blocks.dense[row : row + 1],
+            history=blocks.history[row : row + 1],
+        )
+        for _ in range(times):
+            sampler.take(
+                Blocks(request=request, candidate=no_candidates, request_of=np.empty(0, np.int64)),
+                {},
+            )
+        both.append(metrics)
+    async with worker(tmp_path, 0, both[0]) as asked, worker(tmp_path, 1, both[1]):
+        text = await asked.render()
+
+    # 50 % and 50 % in training, 80 % and 20 % in the 500 requests of both workers.
+    index = value(text, 'scoring_feature_drift{feature="age_band"}')
+    assert index == pytest.approx(0.4159, abs=1e-4)
+    assert value(text, 'scoring_feature_values_total{feature="age_band"}') == 500
+    assert b"scoring_feature_drift{" not in both[0].render()
