@@ -1,7 +1,7 @@
 // Looks at /metrics again and again while the page is seen, and shows what it says.
 
 const KEEP_SECONDS = 900;
-const ANSWER_LIMIT_MS = 4000;
+const ANSWER_LIMIT_MS = 10000;
 const FIRST_LOOKS_MS = 1000;
 const SIGNS = { ok: "\u2713", watch: "!", bad: "\u2715", idle: "\u2013" };
 const COLOURS = { ok: "#17723f", watch: "#b86e00", bad: "#b42318", idle: "#6b7280" };
@@ -62,8 +62,8 @@ async function askMetrics() {
 }
 
 function reasonOf(error) {
-  if (error.name === "TimeoutError") return `No answer within ${ANSWER_LIMIT_MS / 1000} s.`;
-  return error instanceof TypeError ? "No connection." : error.message;
+  if (error.name === "TimeoutError") return `No answer within ${ANSWER_LIMIT_MS / 1000} s: hung, or far too loaded.`;
+  return error instanceof TypeError ? "No connection to it." : error.message;
 }
 
 /** What happened between the last two looks, for the pictures; a gap if too long ago. */

@@ -12,8 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 from chromium import Tab, open_tab, require_chromium
-from test_serve_process import BODY, Served
-from test_workers_process import two_workers
+from test_serve_process import BODY, Served, serving
+from test_workers_process import QUIET
 
 from service.dashboard.page import load_page
 from service.exposition import CONTENT_TYPE
@@ -38,8 +38,12 @@ def served(
 ) -> Iterator[Served]:
     """Two workers, so that the page's figures are sums; after the browser: without it, none."""
     del tab
-    with two_workers(tmp_path_factory.mktemp("dashboard"), tiny_bundle, tiny_items) as process:
+    settings = {**QUIET, "CTR_WORKERS": 2, "CTR_HEALTH__SAMPLE_EVERY": 1}
+    directory = tmp_path_factory.mktemp("dashboard")
+    with serving(directory, tiny_bundle, tiny_items, **settings) as process:
         yield process
+        process.process.terminate()
+        process.wait()  # Workers, too, have its stderr.
 
 
 class StandIn:
@@ -201,6 +205,7 @@ def test_figures_are_those_of_metrics_at_the_same_moment(tab: Tab, served: Serve
         / total(growth, "scoring_batch_rows_count"),
         "total.requests": total(now, "scoring_request_seconds_count"),
         "total.candidates": total(now, "scoring_candidates_total"),
+        "process.lagP99": quantile(growth, "scoring_event_loop_lag_seconds", ("le",), 0.99),
         "process.ready": 2.0,
         "process.workers": 2.0,
         "items.rows": 4.0,
@@ -211,6 +216,17 @@ def test_figures_are_those_of_metrics_at_the_same_moment(tab: Tab, served: Serve
         count = total(growth, "scoring_stage_seconds_count", label)
         expected[f"stage.mean.{stage}"] = spent / count
         expected[f"stage.p99.{stage}"] = quantile(growth, "scoring_stage_seconds", (label,), 0.99)
+    for output in ("pctr", "pcvr", "pctcvr"):
+        label = f'output="{output}"'
+        told = total(growth, "scoring_predicted_probability_sum", label)
+        count = total(growth, "scoring_predicted_probability_count", label)
+        expected[f"score.mean.{output}"] = told / count
+    missing = [series for series in growth if series.startswith("scoring_feature_missing_total")]
+    for series in missing:
+        values = growth[series.replace("_missing_", "_values_")]
+        (feature,) = re.findall(r'feature="(.*)"', series)
+        expected[f"missing.{feature}"] = growth[series] / values
+    assert len(missing) > 5
     assert seconds > 0
     assert {name: shown[name] for name in expected} == pytest.approx(expected)
 
