@@ -1,6 +1,7 @@
 // Looks at /metrics again and again while the page is seen, and shows what it says.
 
 const KEEP_SECONDS = 900;
+const RECENT_SECONDS = 10;
 const ANSWER_LIMIT_MS = 10000;
 const FIRST_LOOKS_MS = 1000;
 const SIGNS = { ok: "\u2713", watch: "!", bad: "\u2715", idle: "\u2013" };
@@ -112,9 +113,10 @@ function render() {
   const seconds = Number(new FormData(byId("window")).get("seconds"));
   const view = history_.last(seconds);
   const figures = view === null ? null : figuresOf(view);
+  const recent = view === null ? null : figuresOf(history_.last(RECENT_SECONDS));
   renderVerdict(
     failure === null
-      ? judge({ state, figures, restarts: history_.restartsWithin(seconds) })
+      ? judge({ state, figures, recent, restarts: history_.restartsWithin(seconds) })
       : judgeGone(newest.at, Date.now(), failure),
   );
   setText(byId("as-of"), clock(newest.at));

@@ -42,8 +42,12 @@ function limitRows() {
   ]);
 }
 
-/** `{level, headline, detail, problems}`; problems are `{level, title, detail, todo}`, worst first. */
-function judge({ state, figures, restarts }) {
+/**
+ * `{level, headline, detail, problems}`; problems are `{level, title, detail, todo}`, worst first.
+ *
+ * figures, recent: of the window, and of the last seconds; null before there are two looks.
+ */
+function judge({ state, figures, recent, restarts }) {
   const notReady = judgeReadiness(state);
   if (notReady !== null) return notReady;
   if (figures === null) {
@@ -51,11 +55,11 @@ function judge({ state, figures, restarts }) {
   }
   const problems = [
     ...judgeWorkers(state, figures, restarts),
-    ...judgeRequests(figures),
-    ...judgeUsers(figures),
+    ...judgeRequests(figures, recent),
+    ...judgeUsers(figures, recent),
     ...judgeModel(state, figures),
     ...judgeProcess(figures),
-  ].sort((a, b) => LEVELS.indexOf(b.level) - LEVELS.indexOf(a.level));
+  ].sort((a, b) => LEVELS.indexOf(b.level) - LEVELS.indexOf(a.level) || b.weight - a.weight);
   const summary = summaryOf(figures);
   if (problems.length > 0) {
     const [first] = problems;
@@ -84,8 +88,9 @@ function verdict(level, headline, detail, problems) {
   return { level, headline, detail, problems };
 }
 
-function problem(level, title, detail, todo) {
-  return { level, title, detail, todo };
+/** `weight`: how many times its limit a figure is; among equal levels the heaviest comes first. */
+function problem(level, title, detail, todo, weight = 10) {
+  return { level, title, detail, todo, weight };
 }
 
 function judgeReadiness(state) {
@@ -127,59 +132,80 @@ function judgeWorkers(state, figures, restarts) {
   return found;
 }
 
-function judgeRequests({ requests, latency, batches }) {
+function judgeRequests(figures, recent) {
+  const { requests, latency, batches } = figures;
+  const offered = (of) => of.requests.offered;
   const found = [];
-  const many = requests.offered >= LIMITS.judgedFromRequests;
-  const failed = levelOf(share(requests.failed, requests.offered), LIMITS.failedShare, many);
-  if (failed !== "ok") {
-    found.push(problem(failed, `${formatShare(share(requests.failed, requests.offered))} of requests fail`,
-      `By code: ${codesOf(requests, "failed")}.`, "See the log; if it began with a new bundle, roll back."));
+  const rate = (group, limits) =>
+    weigh(figures, recent, {
+      limits,
+      format: formatShare,
+      counted: offered,
+      value: (of) => share(of.requests[group], of.requests.offered),
+    });
+  const failed = rate("failed", LIMITS.failedShare);
+  if (failed.level !== "ok") {
+    found.push(problem(failed.level, `${formatShare(failed.value)} of requests fail`,
+      `${failed.said}By code: ${codesOf(requests, "failed")}.`,
+      "See the log; if it began with a new bundle, roll back.", failed.weight));
   }
-  const lost = levelOf(share(requests.refused, requests.offered), LIMITS.lostShare, many);
-  if (lost !== "ok") {
+  const refused = rate("refused", LIMITS.lostShare);
+  if (refused.level !== "ok") {
     const drops = listCounts(batches.drops);
-    found.push(problem(lost,
-      `${formatShare(share(requests.refused, requests.offered))} of requests refused or late`,
-      `By code: ${codesOf(requests, "refused")}.${drops && ` Why they were not run: ${drops}.`}`,
-      "More load than it can answer in time: add workers or replicas, or send less."));
+    found.push(problem(refused.level, `${formatShare(refused.value)} of requests refused or late`,
+      `${refused.said}By code: ${codesOf(requests, "refused")}.${drops && ` Why they were not run: ${drops}.`}`,
+      "More load than it can answer in time: add workers or replicas, or send less.", refused.weight));
   }
-  const slow = levelOf(latency.p99, LIMITS.p99Seconds, many);
-  if (slow !== "ok") {
-    found.push(problem(slow, `slow: 1 answer in 100 takes over ${formatSeconds(latency.p99)}`,
-      `Half are within ${formatSeconds(latency.p50)}.`,
-      "See which stage is long: queue means load, features means the store, run means the model."));
+  const slow = weigh(figures, recent, {
+    limits: LIMITS.p99Seconds,
+    format: formatSeconds,
+    counted: (of) => of.requests.answered,
+    value: (of) => of.latency.p99,
+  });
+  if (slow.level !== "ok") {
+    found.push(problem(slow.level, `slow: 1 answer in 100 takes over ${formatSeconds(slow.value)}`,
+      `${slow.said}Half are within ${formatSeconds(latency.p50)}.`,
+      "See which stage is long: queue means load, features means the store, run means the model.",
+      slow.weight));
   }
-  const wrong = levelOf(share(requests.caller, requests.offered), LIMITS.callerShare, many);
-  if (wrong !== "ok") {
-    found.push(problem(wrong,
-      `${formatShare(share(requests.caller, requests.offered))} of requests are callers' mistakes`,
-      `By code: ${codesOf(requests, "caller")}.`, "The callers' answers say which field is at fault."));
+  const wrong = rate("caller", LIMITS.callerShare);
+  if (wrong.level !== "ok") {
+    found.push(problem(wrong.level, `${formatShare(wrong.value)} of requests are callers' mistakes`,
+      `${wrong.said}By code: ${codesOf(requests, "caller")}.`,
+      "The callers' answers say which field is at fault.", wrong.weight));
   }
   return found;
 }
 
-function judgeUsers({ requests, users }) {
-  const many = requests.answered >= LIMITS.judgedFromRequests;
-  const level = levelOf(requests.degradedShare, LIMITS.degradedShare, many);
-  const stale = share(users.degraded.get("stale_user_features") ?? 0, requests.answered);
-  const staleLevel = levelOf(stale, LIMITS.staleShare, many);
-  const unknown = share(users.unknown, requests.answered);
-  const unknownLevel = levelOf(unknown, LIMITS.unknownUserShare, many);
+function judgeUsers(figures, recent) {
+  const rate = (limits, value) =>
+    weigh(figures, recent, {
+      limits,
+      format: formatShare,
+      counted: (of) => of.requests.answered,
+      value: (of) => share(value(of), of.requests.answered),
+    });
   const found = [];
-  if (level !== "ok") {
-    const why = listCounts(users.storeErrors);
-    found.push(problem(level,
-      `${formatShare(requests.degradedShare)} of answers made without the user's record`,
-      why ? `The online store (Redis): ${why}.` : "",
-      "Is Redis up, reachable and quick? Answers go on with defaults, and are less accurate."));
+  const degraded = rate(LIMITS.degradedShare, (of) => of.requests.byOutcome.get("degraded") ?? 0);
+  if (degraded.level !== "ok") {
+    const why = listCounts(figures.users.storeErrors);
+    found.push(problem(degraded.level,
+      `${formatShare(degraded.value)} of answers made without the user's record`,
+      `${degraded.said}${why && `The online store (Redis): ${why}.`}`,
+      "Is Redis up, reachable and quick? Answers go on with defaults, and are less accurate.",
+      degraded.weight));
   }
-  if (staleLevel !== "ok") {
-    found.push(problem(staleLevel, `${formatShare(stale)} of answers used an old user record`, "",
-      "Run materialize and load-records again; see why they stopped."));
+  const stale = rate(LIMITS.staleShare, (of) => of.users.degraded.get("stale_user_features") ?? 0);
+  if (stale.level !== "ok") {
+    found.push(problem(stale.level, `${formatShare(stale.value)} of answers used an old user record`,
+      stale.said, "Run materialize and load-records again; see why they stopped.", stale.weight));
   }
-  if (unknownLevel !== "ok") {
-    found.push(problem(unknownLevel, `${formatShare(unknown)} of requests are of users without a record`,
-      "They are scored with defaults.", "Is this the right store? Run load-records."));
+  const unknown = rate(LIMITS.unknownUserShare, (of) => of.users.unknown);
+  if (unknown.level !== "ok") {
+    found.push(problem(unknown.level,
+      `${formatShare(unknown.value)} of requests are of users without a record`,
+      `${unknown.said}They are scored with defaults.`,
+      "Is this the right store? Run load-records.", unknown.weight));
   }
   return found;
 }
@@ -206,11 +232,12 @@ function judgeModel(state, figures) {
   const level = levelOf(unknown, LIMITS.unknownItemShare, many);
   if (level !== "ok") {
     found.push(problem(level, `${formatShare(unknown)} of candidates are not in the item table`,
-      "They are scored with defaults.", "Make and load a newer item snapshot."));
+      "They are scored with defaults.", "Make and load a newer item snapshot.",
+      unknown / LIMITS.unknownItemShare[0]));
   }
   if (state.bundleAge >= LIMITS.bundleAgeSeconds[0]) {
     found.push(problem("watch", "the bundle is old", `It was made ${formatAgo(state.bundleAge)}.`,
-      "Train on newer logs and export; see why that stopped."));
+      "Train on newer logs and export; see why that stopped.", 1));
   }
   const drifted = [...state.drift].filter(([, psi]) => psi >= LIMITS.drift[0]);
   if (drifted.length > 0) {
@@ -219,7 +246,7 @@ function judgeModel(state, figures) {
     found.push(problem("watch",
       drifted.length === 1 ? "a feature has drifted" : `${drifted.length} features have drifted`,
       `Most of all ${worst} (PSI ${formatNumber(psi)}).`,
-      "Did its source change? If the world did, train again on newer logs."));
+      "Did its source change? If the world did, train again on newer logs.", 1));
   }
   return found;
 }
@@ -230,7 +257,8 @@ function judgeProcess({ process, seconds }) {
   const level = levelOf(late, LIMITS.lagP99Seconds, true);
   if (level !== "ok") {
     found.push(problem(level, `the event loop is late by ${formatSeconds(late)} (p99)`, "",
-      "Something else takes the core, or the core is full: see CPU and quota."));
+      "Something else takes the core, or the core is full: see CPU and quota.",
+      late / LIMITS.lagP99Seconds[0]));
   }
   const throttled = levelOf(process.throttled / seconds, LIMITS.throttledShare, true);
   if (throttled !== "ok") {
@@ -256,10 +284,41 @@ function summaryOf({ requests, latency, seconds, candidatesPerSecond }) {
   return `In the last ${span}: ${parts.join("; ")}.`;
 }
 
-/** Few requests make no percentage worth an alarm: `isJudged` false is always ok. */
+/**
+ * A figure over the window and of late: `{level, value, said, weight}`.
+ *
+ * Of late decides when a trouble begins, and says so when it has ended. `value` and `counted` are
+ * functions of figures: few requests make no percentage worth an alarm.
+ */
+function weigh(figures, recent, { limits, format, counted, value }) {
+  const isEnough = (of) => counted(of) >= LIMITS.judgedFromRequests;
+  const whole = value(figures);
+  const late = value(recent);
+  const level = levelOf(whole, limits, isEnough(figures));
+  const lateLevel = levelOf(late, limits, isEnough(recent));
+  if (!isEnough(recent) || recent.seconds > 0.8 * figures.seconds) {
+    return { level, value: whole, said: "", weight: whole / limits[0] };
+  }
+  const span = formatAge(recent.seconds);
+  if (late >= whole) {
+    const said = `So in the last ${span}; ${format(whole)} over ${formatAge(figures.seconds)}. `;
+    return { level: worse(level, lateLevel), value: late, said, weight: late / limits[0] };
+  }
+  return {
+    level: lateLevel === "ok" && level === "bad" ? "watch" : worse(level, lateLevel),
+    value: whole,
+    said: `${lateLevel === "ok" ? "It seems to be over" : "Less"}: ${format(late)} in the last ${span}. `,
+    weight: late / limits[0],
+  };
+}
+
 function levelOf(value, [watch, bad], isJudged) {
   if (!isJudged || Number.isNaN(value) || value < watch || value === 0) return "ok";
   return value >= bad ? "bad" : "watch";
+}
+
+function worse(a, b) {
+  return LEVELS[Math.max(LEVELS.indexOf(a), LEVELS.indexOf(b))];
 }
 
 function codesOf(requests, group) {

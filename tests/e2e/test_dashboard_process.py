@@ -119,7 +119,7 @@ def look_again(tab: Tab, *, times: int = 2) -> None:
     tab.wait_for(f"Number(document.body?.dataset.looks ?? 0) >= {looks + times}")
 
 
-def headline(tab: Tab) -> str:
+def headline_of(tab: Tab) -> str:
     return str(tab.value("document.getElementById('headline').textContent"))
 
 
@@ -264,7 +264,7 @@ def test_good_service_is_said_to_be_one(tab: Tab, stand_in: StandIn) -> None:
     look_again(tab)
 
     shown = figures(tab)
-    assert headline(tab) == "Serving well"
+    assert headline_of(tab) == "Serving well"
     # All within the bucket of 2 to 3 ms.
     assert shown["latency.p50"] == pytest.approx(0.0025)
     assert shown["latency.p99"] == pytest.approx(0.00299)
@@ -277,7 +277,7 @@ def test_no_traffic_is_said_in_words_and_no_figure_is_nan(tab: Tab, stand_in: St
     open_page(tab, stand_in.url)
 
     text = tab.value("document.body.innerText")
-    assert headline(tab) == "Ready, no requests"
+    assert headline_of(tab) == "Ready, no requests"
     assert "No requests in the last" in text
     assert re.findall(r"NaN|undefined|Infinity|null", text.replace("(NaN)", "")) == []
 
@@ -285,7 +285,7 @@ def test_no_traffic_is_said_in_words_and_no_figure_is_nan(tab: Tab, stand_in: St
 def test_service_without_a_bundle_is_said_to_wait_for_one(tab: Tab, stand_in: StandIn) -> None:
     open_page(tab, stand_in.url)
 
-    assert headline(tab) == "Not ready: no bundle yet"
+    assert headline_of(tab) == "Not ready: no bundle yet"
 
 
 def test_draining_service_is_said_to_shut_down(tab: Tab, stand_in: StandIn) -> None:
@@ -293,7 +293,7 @@ def test_draining_service_is_said_to_shut_down(tab: Tab, stand_in: StandIn) -> N
     stand_in.metrics.ready_changed(is_ready=False)
     open_page(tab, stand_in.url)
 
-    assert headline(tab) == "Shutting down: takes no new requests"
+    assert headline_of(tab) == "Shutting down: takes no new requests"
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,40 @@ def test_what_is_wrong_comes_first(
     stand_in.answer(times, outcome)
     look_again(tab)
 
-    assert headline(tab).replace("\u00a0", " ") == words
+    assert headline_of(tab).replace("\u00a0", " ") == words
+
+
+def judged(tab: Tab, stand_in: StandIn, earlier: str, later: str) -> tuple[str, str]:
+    """Headline and reason, 40 s after one outcome and right after another."""
+    stand_in.serve()
+    open_page(tab, stand_in.url)
+    # The page's clock is moved, so that nobody has to wait.
+    tab.value("window.realNow = Date.now; window.late = 0; Date.now = () => realNow() + late")
+    stand_in.answer(300, earlier)
+    look_again(tab)
+    tab.value("late += 40000")
+    look_again(tab)
+    stand_in.answer(100, later)
+    look_again(tab)
+    told = "['headline', 'why'].map((id) => document.getElementById(id).textContent)"
+    headline, why = (text.replace("\u00a0", " ") for text in tab.value(told))
+    return headline, why
+
+
+def test_trouble_that_has_just_begun_is_told_before_the_minute_is_over(
+    tab: Tab, stand_in: StandIn
+) -> None:
+    headline, why = judged(tab, stand_in, "ok", "degraded")
+
+    assert headline == "In trouble: 100 % of answers made without the user's record"
+    assert re.match(r"So in the last \d+ s; 25 % over 4\d s\.", why)
+
+
+def test_trouble_that_has_ended_is_said_to_be_over(tab: Tab, stand_in: StandIn) -> None:
+    headline, why = judged(tab, stand_in, "degraded", "ok")
+
+    assert headline == ("Serving, but look at this: 75 % of answers made without the user's record")
+    assert re.match(r"It seems to be over: 0 % in the last \d+ s\.", why)
 
 
 def test_slow_answers_are_measured_against_the_limit_in_the_address(
@@ -328,14 +361,14 @@ def test_slow_answers_are_measured_against_the_limit_in_the_address(
     open_page(tab, stand_in.url)
     stand_in.answer(100, seconds=0.06)
     look_again(tab)
-    slow = headline(tab)
+    slow = headline_of(tab)
     tab.open(f"{stand_in.url}/dashboard?every=0.1&p99_ms=80")
     look_again(tab)
     stand_in.answer(100, seconds=0.06)
     look_again(tab)
 
     assert slow.startswith("Serving, but look at this: slow: 1 answer in 100 takes over 74.8")
-    assert headline(tab) == "Serving well"
+    assert headline_of(tab) == "Serving well"
 
 
 def test_drifted_feature_is_named_first_in_the_table(tab: Tab, stand_in: StandIn) -> None:
@@ -360,7 +393,7 @@ def test_drifted_feature_is_named_first_in_the_table(tab: Tab, stand_in: StandIn
         ".map((row) => [...row.cells].map((cell) => cell.textContent.replace('\\u00a0', ' ')))"
     )
     assert rows == [["shop", "0.4", "\u2013", "\u2013"], ["age", "\u2013", "25 %", "\u2013"]]
-    assert headline(tab) == "Serving, but look at this: a feature has drifted"
+    assert headline_of(tab) == "Serving, but look at this: a feature has drifted"
 
 
 def test_restart_of_the_service_takes_nothing_from_the_figures(tab: Tab, stand_in: StandIn) -> None:
@@ -377,7 +410,7 @@ def test_restart_of_the_service_takes_nothing_from_the_figures(tab: Tab, stand_i
     shown = figures(tab)
     assert shown["requests.offered"] == 50
     assert shown["total.requests"] == 30
-    assert headline(tab) == "Serving, but look at this: the service has been restarted"
+    assert headline_of(tab) == "Serving, but look at this: the service has been restarted"
 
 
 def test_sum_over_workers_that_is_lower_in_its_last_bits_is_no_restart(
@@ -390,7 +423,7 @@ def test_sum_over_workers_that_is_lower_in_its_last_bits_is_no_restart(
     stand_in.extra = stand_in.extra.replace("0.30000000000000004", "0.3")
     look_again(tab)
 
-    assert headline(tab) == "Serving well"
+    assert headline_of(tab) == "Serving well"
 
 
 def test_service_that_is_gone_is_told_with_the_time_and_comes_back(
@@ -401,13 +434,13 @@ def test_service_that_is_gone_is_told_with_the_time_and_comes_back(
     seen = tab.value("document.getElementById('as-of').textContent")
     stand_in.is_there = False
     tab.wait_for("document.body.hasAttribute('data-is-gone')")
-    gone = headline(tab)
+    gone = headline_of(tab)
     stand_in.is_there = True
     tab.wait_for("!document.body.hasAttribute('data-is-gone')")
 
     assert re.fullmatch(r"Not answering since \d\d:\d\d:\d\d", gone)
     assert gone.rpartition(" ")[2] >= seen
-    assert headline(tab) == "Ready, no requests"
+    assert headline_of(tab) == "Ready, no requests"
 
 
 def test_page_does_not_ask_while_it_is_hidden(tab: Tab, stand_in: StandIn) -> None:
