@@ -179,6 +179,17 @@ function quantile({ bounds, counts }, q) {
   return Infinity;
 }
 
+/** The bound that a share q of the observations does not exceed: for counts, which have no halves. */
+function boundOf({ bounds, counts }, q) {
+  const total = counts.reduce((sum, count) => sum + count, 0);
+  let left = q * total;
+  for (let i = 0; i < bounds.length && total > 0; i += 1) {
+    left -= counts[i];
+    if (left <= 0) return bounds[i];
+  }
+  return NaN;
+}
+
 function mean({ sum, count }) {
   return count > 0 ? sum / count : NaN;
 }

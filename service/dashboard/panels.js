@@ -116,10 +116,10 @@ function renderStages(stages) {
 function renderBatches({ rows, requests, perSecond, drops }) {
   put("batches.perSecond", perSecond);
   put("batches.rowsMean", mean(rows));
-  put("batches.rowsP50", quantile(rows, 0.5));
-  put("batches.rowsP99", quantile(rows, 0.99));
+  put("batches.rowsP50", boundOf(rows, 0.5));
+  put("batches.rowsP99", boundOf(rows, 0.99));
   put("batches.requestsMean", mean(requests));
-  put("batches.requestsP99", quantile(requests, 0.99));
+  put("batches.requestsP99", boundOf(requests, 0.99));
   const numDropped = [...drops.values()].reduce((sum, count) => sum + count, 0);
   put("batches.drops", numDropped, () => listCounts(drops) || "none");
   drawBars(document.querySelector('[data-bars="rows"]'), rows, { format: formatNumber });

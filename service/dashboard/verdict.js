@@ -300,8 +300,11 @@ function weigh(figures, recent, { limits, format, counted, value }) {
     return { level, value: whole, said: "", weight: whole / limits[0] };
   }
   const span = formatAge(recent.seconds);
-  if (late >= whole) {
-    const said = `So in the last ${span}; ${format(whole)} over ${formatAge(figures.seconds)}. `;
+  const isSteady = Math.abs(late - whole) <= 0.1 * whole;
+  if (late >= whole || isSteady) {
+    const said = isSteady
+      ? ""
+      : `So in the last ${span}; ${format(whole)} over ${formatAge(figures.seconds)}. `;
     return { level: worse(level, lateLevel), value: late, said, weight: late / limits[0] };
   }
   return {
