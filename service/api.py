@@ -20,6 +20,7 @@ from service.answers import (
     problem_answer,
     request_id_of,
 )
+from service.dashboard.page import load_page
 from service.errors import DeadlineExceeded, ServiceError
 from service.exchange import Disconnected, ScoreExchange
 from service.exposition import CONTENT_TYPE
@@ -146,6 +147,12 @@ def add_routes(
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:
         return Response(await status.render_metrics(), media_type=CONTENT_TYPE)
+
+    page = load_page()
+
+    @app.get("/dashboard", include_in_schema=False)
+    async def dashboard() -> Response:
+        return Response(page.body, headers=page.headers, media_type="text/html")
 
     @app.exception_handler(ServiceError)
     async def on_service_error(request: Request, exc: Exception) -> Response:

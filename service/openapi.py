@@ -246,6 +246,7 @@ def openapi_document() -> _Json:
                 )
             },
             "/metrics": {"get": _plain("Prometheus metrics", {"200": "Text exposition format."})},
+            "/dashboard": {"get": _plain("The metrics as a page for people", {"200": "HTML."})},
         },
         "components": {
             "schemas": {"ScoreRequest": _REQUEST, "ScoreAnswer": _ANSWER, "Problem": _PROBLEM}

@@ -171,7 +171,14 @@ async def test_score_is_answered_below_a_mount_path(running: RunningApp) -> None
 async def test_openapi_describes_the_routes_there_are(running: RunningApp) -> None:
     document = (await running.client.get("/openapi.json")).json()
 
-    assert set(document["paths"]) == {"/score", "/explain", "/healthz", "/readyz", "/metrics"}
+    assert set(document["paths"]) == {
+        "/score",
+        "/explain",
+        "/healthz",
+        "/readyz",
+        "/metrics",
+        "/dashboard",
+    }
     for path, methods in document["paths"].items():
         for method in methods:
             response = await running.client.request(method, path)

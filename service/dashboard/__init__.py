@@ -1,0 +1,1 @@
+"""The built-in page of the service, which shows what /metrics says."""
