@@ -22,9 +22,9 @@ from service.answers import (
 )
 from service.dashboard.page import load_page
 from service.errors import DeadlineExceeded, ServiceError
-from service.exchange import Disconnected, ScoreExchange
+from service.exchange import Disconnected, ScoreExchange, Scoring
 from service.exposition import CONTENT_TYPE
-from service.gate import Gate, Head
+from service.gate import Head
 from service.openapi import openapi_document
 from service.settings import LimitSettings
 from service.status import ServiceStatus
@@ -107,34 +107,36 @@ class RequestIdMiddleware:
         await self._app(scope, receive, send_with_id)
 
 
-def add_routes(
-    app: FastAPI,
-    status: ServiceStatus,
-    *,
-    exchange: ScoreExchange,
-    gate: Gate,
-    limits: LimitSettings,
-    new_id: Callable[[], str],
-) -> None:
+def add_routes(app: FastAPI, scoring: Scoring, *, limits: LimitSettings) -> None:
     """Adds every route, error handler and the request ids to the app."""
-    endpoint = ScoreEndpoint(exchange, limits=limits)
+    endpoint = ScoreEndpoint(scoring.exchange, limits=limits)
     app.router.routes.append(Route("/score", endpoint, methods=["POST"]))
-    app.add_middleware(RequestIdMiddleware, status=status, new_id=new_id)
+    app.add_middleware(RequestIdMiddleware, status=scoring.status, new_id=scoring.new_id)
+    _add_explain(app, scoring, limits)
+    _add_operations(app, scoring.status)
+    _add_error_handlers(app)
+    app.openapi = openapi_document  # type: ignore[method-assign]  # FastAPI's documented way
+
+
+def _add_explain(app: FastAPI, scoring: Scoring, limits: LimitSettings) -> None:
+    few = limits.model_copy(update={"max_candidates": MAX_EXPLAINED})
 
     @app.post("/explain", include_in_schema=False)
     async def explain(request: Request) -> Response:
-        head = gate.read_head(request.headers.raw, arrived_at=None)
-        gate.check(head)
+        head = scoring.gate.read_head(request.headers.raw, arrived_at=None)
+        scoring.gate.check(head)
         data = await _read_body(request.receive, head, limits)
-        body = parse_body(data, limits=limits.model_copy(update={"max_candidates": MAX_EXPLAINED}))
+        body = parse_body(data, limits=few)
         request_id = body.request_id or request.scope["state"]["request_id"]
         request.scope["state"]["request_id"] = request_id
         named = [ms for ms in (head.timeout_ms, body.timeout_ms) if ms is not None]
         deadline = head.arrived_at + min(named, default=limits.timeout_ms) / 1000
-        explanation = await status.require_scorer().explain(body.request, deadline=deadline)
+        explanation = await scoring.status.require_scorer().explain(body.request, deadline=deadline)
         content = encode_explanation(explanation, request_id=request_id)
         return Response(content, media_type="application/json")
 
+
+def _add_operations(app: FastAPI, status: ServiceStatus) -> None:
     @app.get("/healthz", include_in_schema=False)
     async def healthz() -> Response:
         return _response({"status": "ok"})
@@ -154,6 +156,8 @@ def add_routes(
     async def dashboard() -> Response:
         return Response(page.body, headers=page.headers, media_type="text/html")
 
+
+def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ServiceError)
     async def on_service_error(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, ServiceError)
@@ -181,8 +185,6 @@ def add_routes(
     async def on_bug(request: Request, exc: Exception) -> Response:
         del exc  # The framework logs it.
         return _problem_response(request.scope, ServiceError("see the service's log"))
-
-    app.openapi = openapi_document  # type: ignore[method-assign]  # FastAPI's documented way
 
 
 async def _read_body(receive: Receive, head: Head, limits: LimitSettings) -> bytes | bytearray:

@@ -88,15 +88,9 @@ def create_app(
     app.state.reload = lambda: None
     gate = _make_gate(status, settings)
     exchange = ScoreExchange(status, limits=settings.limits, gate=gate, request_log=request_log)
-    app.state.scoring = Scoring(exchange=exchange, gate=gate, status=status, new_id=_new_request_id)
-    add_routes(
-        app,
-        status,
-        exchange=exchange,
-        gate=gate,
-        limits=settings.limits,
-        new_id=_new_request_id,
-    )
+    scoring = Scoring(exchange=exchange, gate=gate, status=status, new_id=_new_request_id)
+    app.state.scoring = scoring
+    add_routes(app, scoring, limits=settings.limits)
     return app
 
 

@@ -14,6 +14,14 @@ from prometheus_client import CollectorRegistry
 from model.contract.encode import Encoder
 from model.contract.histograms import FeatureHistograms
 from service.batch_plan import DropReason
+from service.buckets import (
+    AGE_BUCKETS_S,
+    LAG_BUCKETS_S,
+    LATENCY_BUCKETS_S,
+    PROBABILITY_BUCKETS,
+    REQUESTS_BUCKETS,
+    ROWS_BUCKETS,
+)
 from service.cpu_limits import read_throttled_s
 from service.drift import WindowCounts
 from service.errors import ServiceError, StoreError, error_codes
@@ -29,24 +37,6 @@ Stage = Literal["parse", "features", "encode", "queue", "run", "respond"]
 DegradedReason = Literal["user_features", "stale_user_features"]
 SwapPart = Literal["bundle", "items"]
 NotLoggedReason = Literal["queue_full", "write_failed"]
-
-_MS = 1e-3
-_LATENCY_BUCKETS_S = tuple(
-    ms * _MS for ms in (0.5, 1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 50, 75, 100, 250, 1000)
-)
-_LAG_BUCKETS_S = tuple(ms * _MS for ms in (1, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 50, 100, 250, 1000))
-_ROWS_BUCKETS = (1, 5, 10, 20, 50, 100, 150, 200, 300, 400, 600, 1000, 2000)
-_REQUESTS_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
-_PROBABILITY_BUCKETS = (
-    *(1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 2e-3, 5e-3),
-    *(0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9),
-)
-_HOUR_S = 3600
-_DAY_S = 24 * _HOUR_S
-_AGE_BUCKETS_S = (
-    *(hours * _HOUR_S for hours in (1, 3, 6, 12)),
-    *(days * _DAY_S for days in (1, 2, 3, 5, 7, 14, 30)),
-)
 
 
 def request_outcomes() -> tuple[str, ...]:
@@ -268,7 +258,7 @@ class Metrics:
         self._request_seconds = Histograms(
             "scoring_request_seconds",
             "Time from a scoring request to its answer, by what became of it",
-            bounds=_LATENCY_BUCKETS_S,
+            bounds=LATENCY_BUCKETS_S,
             registry=self._registry,
             label="outcome",
             values=("ok", "degraded"),
@@ -277,7 +267,7 @@ class Metrics:
         stage_seconds = Histograms(
             "scoring_stage_seconds",
             "Time of one stage; queue per request in the batcher, run per model run",
-            bounds=_LATENCY_BUCKETS_S,
+            bounds=LATENCY_BUCKETS_S,
             registry=self._registry,
             label="stage",
             values=get_args(Stage),
@@ -290,9 +280,9 @@ class Metrics:
         )
 
     def _init_batches(self) -> None:
-        self._batch_rows = self._histogram("batch_rows", "Rows of one model run", _ROWS_BUCKETS)
+        self._batch_rows = self._histogram("batch_rows", "Rows of one model run", ROWS_BUCKETS)
         self._batch_requests = self._histogram(
-            "batch_requests", "Requests of one model run", _REQUESTS_BUCKETS
+            "batch_requests", "Requests of one model run", REQUESTS_BUCKETS
         )
         self._queue_rows = self._gauge("queue_rows", "Rows waiting for a model run")
         self._predicted_wait = self._reading(
@@ -329,14 +319,14 @@ class Metrics:
             "ignored_features", "Features in requests that the schema does not have"
         )
         self._record_age_seconds = self._histogram(
-            "record_age_seconds", "Age of the user records used", _AGE_BUCKETS_S
+            "record_age_seconds", "Age of the user records used", AGE_BUCKETS_S
         )
 
     def _init_health(self) -> None:
         self._probabilities = Histograms(
             "scoring_predicted_probability",
             "Predicted probabilities of sampled candidates",
-            bounds=_PROBABILITY_BUCKETS,
+            bounds=PROBABILITY_BUCKETS,
             registry=self._registry,
             label="output",
         )
@@ -387,7 +377,7 @@ class Metrics:
 
     def _init_process(self) -> None:
         self._loop_lag = self._histogram(
-            "event_loop_lag_seconds", "How late the event loop wakes a timer", _LAG_BUCKETS_S
+            "event_loop_lag_seconds", "How late the event loop wakes a timer", LAG_BUCKETS_S
         )
         self._connections = self._reading("open_connections", "Open HTTP connections")
         self._reading(
