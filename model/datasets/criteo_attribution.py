@@ -193,7 +193,7 @@ def _impressions(
 
 
 def _events(frame: pl.DataFrame) -> pl.DataFrame:
-    """Clicks at the impression's time, conversions at their own; in the order of the impressions."""
+    """Clicks at the impression's time, conversions at their own; by impression."""
     columns = ("user_id", "item_id", "time", "event")
     frame = frame.with_row_index("_row")
     clicks = frame.filter(pl.col("click") == 1).with_columns(event=pl.lit("click"))

@@ -432,8 +432,8 @@ def test_criteo_events_are_clicks_and_conversions_at_their_times(tmp_path: Path)
     assert events.select("user_id", "time", "event").rows() == [
         ("2", 20, "click"),
         ("2", 30, "click"),
-        ("3", 40, "click"),
         ("2", 900, "conversion"),
+        ("3", 40, "click"),
     ]
     assert pl.read_parquet(tmp_path / "out" / "items.parquet")["item_id"].to_list() == ["77"]
 
