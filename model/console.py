@@ -1,10 +1,11 @@
 """What the trainer's verbs show: spinners and bars on stderr, tables of metrics on stdout."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -77,6 +78,12 @@ def training_progress() -> Iterator[Any]:  # Any: model.train.Progress, which im
             bars.console.print(f"step {step}: validation {aucs}")
 
         yield TrainingProgress(on_rows=on_rows, on_evaluation=on_evaluation)
+
+
+def print_findings(findings: Iterable[Mapping[str, Any]]) -> None:
+    """One line on stderr per finding of `model.checks`."""
+    for finding in findings:
+        click.echo(f"check: {finding['message']}", err=True)
 
 
 def print_metrics(by_name: dict[str, dict[str, Any]]) -> None:

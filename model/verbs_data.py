@@ -123,7 +123,7 @@ def simulate(out: Path, as_json: bool, **options: Any) -> None:  # Any: what cli
     show_default=True,
     help="Places of each of the user's weighted histories.",
 )
-@keep("requests")
+@keep("users")
 @JSON
 def ali_ccp(source: Path, out: Path, slots: int, keep: float, as_json: bool) -> None:
     """Ali-CCP from SOURCE, the directory of its files, packed or not."""

@@ -7,7 +7,7 @@ is the user's side of one request, its md5-like index is what skeleton lines nam
 
 The data have no clock: `time` is the number of the common features' line, test after train. Rows
 with a conversion and no click are dropped, as all public readers do. Validation and calibration
-come out of train by request, so that no request is in two splits.
+come out of train by user, so that no user is in two of the three.
 """
 
 from collections.abc import Iterator
@@ -112,7 +112,7 @@ def write_ali_ccp(
         source: directory with the published files.
         out: made if it is not there.
         slots: places of each of the user's histories.
-        keep: share of requests kept, by their index.
+        keep: share of users kept, by their id.
         chunk_bytes: of text, read at once; what is written does not depend on it.
         progress: told how far each file is read.
 
@@ -163,7 +163,7 @@ def _common(
         chunk.require(
             columns["user_id"].is_not_null(), lines["features"], name="features", expected="a 101"
         )
-        hashes = pl.Series(hash_ids(canonical_ids(lines["index"].to_list())))
+        hashes = pl.Series(hash_ids(canonical_ids(columns["user_id"].to_list())))
         is_test = fold == "test"
         split = pl.Series(["test"] * len(lines)) if is_test else split_names(hashes)
         made = pl.DataFrame(

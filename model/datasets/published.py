@@ -141,7 +141,7 @@ class PublishedFile:
                 if len(series):
                     yield Chunk(file=self, first_line=first_line + skip, lines=series)
                 first_line, skip = first_line + len(lines), 0
-                progress(self.name, raw.tell(), size)
+                progress(Path(self.member or self.path).name, raw.tell(), size)
 
     def header(self) -> str:
         """The first line."""
