@@ -18,6 +18,7 @@ from model.leaks import (
     Values,
     determines,
     is_position,
+    num_units,
     presence,
     rate_by_value,
     separation,
@@ -65,13 +66,14 @@ class Sample:
         values: by feature; lists have none.
         labels: int8 [n, T], cumulative.
         known: bool [n, T].
-        request: each row's request, int64 [n].
+        request, user: each row's, as numbers, int64 [n].
     """
 
     values: Mapping[str, Values]
     labels: npt.NDArray[np.int8]
     known: npt.NDArray[np.bool_]
     request: Ints
+    user: Ints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +142,12 @@ def check_drift(
         for name, values in train.values.items():
             if name not in samples[split].values:
                 continue
-            index = stability_index(values, samples[split].values[name])
+            other = samples[split].values[name]
+            units = (
+                num_units(v, user=s.user, request=s.request)
+                for v, s in ((values, train), (other, samples[split]))
+            )
+            index = stability_index(values, other, units=(next(units), next(units)))
             if index >= DRIFTS:
                 message = (
                     f"feature {name!r} drifts: its population stability index from train to "

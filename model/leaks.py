@@ -23,6 +23,7 @@ PRESENCE_RATIO, MIN_PRESENCE = 10.0, 0.2
 MIN_POSITION_REQUESTS = 30
 POSITION_SHARE = 0.98
 TOP_VALUES = 20
+MIN_UNITS = 100  # independent values for a stability index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,13 +138,14 @@ def determines(values: Values, positive: Bools) -> bool:
 def presence(values: Values, positive: Bools) -> tuple[float, float] | None:
     """Shares of rows with a value, with the label and without it, where the label decides it.
 
-    None where they are alike: less than ten times as many filled, or empty, on one side.
+    None where they are alike: less than ten times as many filled, or empty, with the label.
     """
     if min(int(positive.sum()), int((~positive).sum())) < MIN_CLASS:
         return None
     with_label, without = (float(values.is_present[m].mean()) for m in (positive, ~positive))
     for one, other in ((with_label, without), (1.0 - with_label, 1.0 - without)):
-        if one >= MIN_PRESENCE and one >= PRESENCE_RATIO * other:
+        is_seen = one * positive.sum() >= MIN_CLASS / 2
+        if is_seen and one >= MIN_PRESENCE and one >= PRESENCE_RATIO * other:
             return with_label, without
     return None
 
@@ -193,16 +195,36 @@ def rate_by_value(values: Values, positive: Bools) -> tuple[str, float, str, flo
     return f"{low:g}", rates[0], f"{high:g}", rates[1]
 
 
-def stability_index(before: Values, after: Values) -> float:
+def stability_index(before: Values, after: Values, *, units: tuple[int, int]) -> float:
     """Population stability index of one split's values against another's, and its noise taken off.
 
     Sum of (q - p) ln(q / p) over tenths of numbers or the twenty commonest values, the others, and
-    missing ones; what two samples of these sizes differ by on average is subtracted.
+    missing ones. Of two samples of one distribution it is about chi-squared of (bins - 1) times
+    (1/n + 1/m): its mean is subtracted, and what is within three deviations of it is 0. So is
+    that of few values, which say nothing of tenths.
+
+    Args:
+        before: of train.
+        after: of the other split.
+        units: independent values in each, see `num_units`.
     """
+    if min(units) < MIN_UNITS:
+        return 0.0
     p, q = _shares(before, after)
-    n, m = (len(v.is_present) for v in (before, after))
-    noise = (len(p) - 1) * (1.0 / n + 1.0 / m)
-    return max(float(np.sum((q - p) * np.log(q / p))) - noise, 0.0)
+    index = float(np.sum((q - p) * np.log(q / p)))
+    scale, freedom = sum(1.0 / n for n in units), len(p) - 1
+    is_noise = index <= scale * (freedom + 3.0 * np.sqrt(2.0 * freedom))
+    return 0.0 if is_noise else index - scale * freedom
+
+
+def num_units(values: Values, *, user: Ints, request: Ints) -> int:
+    """How many independent values there are: users where each has one value, requests otherwise.
+
+    A user's thousand rows of one gender are one fact.
+    """
+    num_users = len(np.unique(user))
+    pairs = np.unique(np.stack([user, _binned(values)]), axis=1).shape[1]
+    return num_users if pairs <= 1.05 * num_users else len(np.unique(request))
 
 
 def _binned(values: Values) -> Ints:
@@ -237,7 +259,9 @@ def _as_numbers(values: Values) -> Floats | None:
 def _shares(before: Values, after: Values) -> tuple[Floats, Floats]:
     if before.numbers is not None and after.numbers is not None:
         known = before.numbers[before.is_present]
-        edges = np.unique(np.quantile(known, np.linspace(0.0, 1.0, 11)[1:-1])) if len(known) else []
+        edges = np.unique(known)[:0]
+        if len(known):
+            edges = np.unique(np.quantile(known, np.linspace(0.0, 1.0, 11)[1:-1]))
         sides = [
             np.where(v.is_present, 1 + np.searchsorted(edges, v.numbers, side="right"), 0)
             for v in (before, after)

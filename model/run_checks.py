@@ -95,7 +95,13 @@ def _sample(part: RawSplit, schema: Schema) -> Sample:
                 found = Values(numbers=part.request_time[request] - found.numbers)
             values[name] = found
     labels = part.labels.take(rows)
-    return Sample(values=values, labels=labels.values, known=labels.known, request=request)
+    return Sample(
+        values=values,
+        labels=labels.values,
+        known=labels.known,
+        request=request,
+        user=part.user[rows],
+    )
 
 
 def _stored_times(feature: Feature) -> tuple[str, ...]:

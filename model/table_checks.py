@@ -104,5 +104,6 @@ def _samples(
             labels=np.stack(labels, axis=1),
             known=np.ones((len(rows), len(labels)), np.bool_),
             request=request[rows],
+            user=part[log.user_id].rank("dense").fill_null(0).to_numpy().astype(np.int64),
         )
     return samples

@@ -4,6 +4,7 @@ Knows archives, lines and Parquet parts; what the columns mean is each reader's 
 """
 
 import gzip
+import io
 import tarfile
 import zipfile
 import zlib
@@ -298,7 +299,7 @@ def _unpacked(raw: IO[bytes], file: PublishedFile, stack: ExitStack) -> IO[bytes
     if file.member is None:
         if not name.endswith(".gz"):
             return raw
-        return stack.enter_context(gzip.GzipFile(fileobj=raw))  # type: ignore[return-value]  # reads as one
+        return stack.enter_context(io.BufferedReader(gzip.GzipFile(fileobj=raw)))
     if name.endswith(".zip"):
         return stack.enter_context(stack.enter_context(zipfile.ZipFile(raw)).open(file.member))
     packed = stack.enter_context(tarfile.TarFile.open(fileobj=raw, mode="r:gz"))

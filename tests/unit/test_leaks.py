@@ -10,6 +10,7 @@ from model.leaks import (
     column_values,
     determines,
     is_position,
+    num_units,
     presence,
     rank_auc,
     rate_by_value,
@@ -134,19 +135,38 @@ def test_stability_index_of_two_values() -> None:
     before = Values(codes=np.arange(100_000) % 2, names=("a", "b"))
     after = Values(codes=(np.arange(100_000) % 10 < 8).astype(np.int64), names=("b", "a"))
 
-    assert stability_index(before, after) == pytest.approx(0.416, abs=0.001)
+    assert stability_index(before, after, units=(100_000, 100_000)) == pytest.approx(
+        0.416, abs=0.001
+    )
 
 
 def test_stability_index_of_one_distribution_is_near_nothing() -> None:
     draws = np.random.default_rng(1).normal(size=600)
 
-    assert stability_index(numbers(draws[:300]), numbers(draws[300:])) < 0.05
+    index = stability_index(numbers(draws[:300]), numbers(draws[300:]), units=(300, 300))
+
+    assert index == 0.0
+
+
+def test_a_few_users_with_one_value_each_are_few_facts() -> None:
+    # Ten users of a thousand rows: nine against five of one gender are chance.
+    user = np.repeat(np.arange(10), 1000)
+    before = Values(codes=(user < 9).astype(np.int64), names=("f", "m"))
+    after = Values(codes=(user < 5).astype(np.int64), names=("f", "m"))
+    request = np.arange(10_000)
+
+    units = num_units(before, user=user, request=request)
+
+    assert units == 10
+    assert num_units(numbers(np.arange(10_000)), user=user, request=request) == 10_000
+    assert stability_index(before, after, units=(10_000, 10_000)) > 0.7
+    assert stability_index(before, after, units=(units, units)) == 0.0
 
 
 def test_stability_index_sees_missing_values() -> None:
     gone = np.where(np.arange(N) % 2 == 0, np.nan, NOISE)
 
-    assert stability_index(numbers(NOISE), numbers(gone)) > 1.0
+    assert stability_index(numbers(NOISE), numbers(gone), units=(N, N)) > 1.0
 
 
 def test_values_come_from_columns_and_series_alike() -> None:
