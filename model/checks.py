@@ -26,7 +26,8 @@ from model.leaks import (
 )
 from model.logs import SPLITS
 
-MAX_COLUMN_ROWS = 200_000  # per split
+MAX_COLUMN_ROWS = 200_000  # of train; of it with each step, too
+MAX_DRIFT_ROWS = 50_000  # of each other split
 MAX_USER_ROWS = 2_000_000
 SEPARATES = 0.95  # AUC of one column alone
 DRIFTS = 0.25  # population stability index: the customary bound of a large shift
@@ -99,9 +100,22 @@ def sampled_requests(request: Ints, *, max_rows: int = MAX_COLUMN_ROWS) -> Ints:
     return np.flatnonzero(kept[request])
 
 
+def rows_with_step(labels: npt.NDArray[np.int8], step: int) -> Ints:
+    """Rows that have the step, drawn at random if they are many; the next step is judged on them.
+
+    Conversions are few: in a sample of all rows there would be none to judge by.
+    """
+    rows = np.flatnonzero(labels[:, step] == 1)
+    if len(rows) > MAX_COLUMN_ROWS:
+        kept = np.random.default_rng(0).random(len(rows)) < MAX_COLUMN_ROWS / len(rows)
+        rows = rows[kept]
+    return rows
+
+
 def check_columns(
     train: Sample,
     *,
+    later: Sequence[Sample],
     steps: Sequence[str],
     is_filled_before: Callable[[str], bool],
     is_log_only: Callable[[str], bool],
@@ -110,6 +124,7 @@ def check_columns(
 
     Args:
         train: the sample.
+        later: for each step after the first, rows that have the step before it.
         steps: names, in the chain's order.
         is_filled_before: whether a feature is made from events before the impression only, so that
             its being missing is no sign of the label's doing.
@@ -118,7 +133,7 @@ def check_columns(
     """
     found = []
     for name, values in train.values.items():
-        told = _told(name, values, train, steps, is_filled_before(name))
+        told = _told(name, (train, *later), steps, is_filled_before(name))
         if told is not None:
             found.append(told)
         if not is_log_only(name) and (place := _position(name, values, train)) is not None:
@@ -136,6 +151,7 @@ def check_drift(
         grows: whether a feature counts all events since the log's start, which the message says.
     """
     train, found = samples["train"], []
+    units = {name: _units(values, train) for name, values in train.values.items()}
     for split in SPLITS[1:]:
         if split not in samples or not len(samples[split].request):
             continue
@@ -143,11 +159,8 @@ def check_drift(
             if name not in samples[split].values:
                 continue
             other = samples[split].values[name]
-            units = (
-                num_units(v, user=s.user, request=s.request)
-                for v, s in ((values, train), (other, samples[split]))
-            )
-            index = stability_index(values, other, units=(next(units), next(units)))
+            pair = (units[name], _units(other, samples[split]))
+            index = stability_index(values, other, units=pair)
             if index >= DRIFTS:
                 message = (
                     f"feature {name!r} drifts: its population stability index from train to "
@@ -214,6 +227,10 @@ def refuse_certain(findings: Sequence[Finding]) -> None:
         raise LogError("; ".join(certain))
 
 
+def _units(values: Values, sample: Sample) -> int:
+    return num_units(values, user=sample.user, request=sample.request)
+
+
 def _split_codes(split: npt.NDArray[np.str_]) -> pl.Series:
     """Places in SPLITS, -1 for another name: small, and fast to compare."""
     codes = np.full(len(split), -1, np.int8)
@@ -223,12 +240,12 @@ def _split_codes(split: npt.NDArray[np.str_]) -> pl.Series:
 
 
 def _told(
-    name: str, values: Values, train: Sample, steps: Sequence[str], is_filled_before: bool
+    name: str, samples: Sequence[Sample], steps: Sequence[str], is_filled_before: bool
 ) -> Finding | None:
-    """The first step that the column tells too much of."""
-    for t, step in enumerate(steps):
-        rows = train.known[:, t] & (train.labels[:, t - 1] == 1 if t else True)
-        here, positive = values.take(rows), train.labels[rows, t] == 1
+    """The first step that the column tells too much of, each on its own sample."""
+    for t, (step, sample) in enumerate(zip(steps, samples, strict=True)):
+        rows = sample.known[:, t]
+        here, positive = sample.values[name].take(rows), sample.labels[rows, t] == 1
         after = f" of rows with {steps[t - 1]!r}" if t else ""
         if determines(here, positive):
             message = (

@@ -222,9 +222,10 @@ def num_units(values: Values, *, user: Ints, request: Ints) -> int:
 
     A user's thousand rows of one gender are one fact.
     """
-    num_users = len(np.unique(user))
-    pairs = np.unique(np.stack([user, _binned(values)]), axis=1).shape[1]
-    return num_users if pairs <= 1.05 * num_users else len(np.unique(request))
+    codes = _binned(values)
+    num_users = pl.Series(user).n_unique()
+    pairs = pl.Series(user * (codes.max(initial=0) + 1) + codes).n_unique()
+    return num_users if pairs <= 1.05 * num_users else pl.Series(request).n_unique()
 
 
 def _binned(values: Values) -> Ints:

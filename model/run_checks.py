@@ -2,9 +2,13 @@
 
 from collections.abc import Mapping
 
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from model.checks import (
+    MAX_COLUMN_ROWS,
+    MAX_DRIFT_ROWS,
     Finding,
     LogNames,
     Sample,
@@ -12,6 +16,7 @@ from model.checks import (
     check_drift,
     check_rows,
     refuse_certain,
+    rows_with_step,
     sampled_requests,
 )
 from model.contract.spec import (
@@ -43,11 +48,19 @@ def check_run(
         LogError: a feature decides a label, whatever the other values are.
     """
     found = _rows(log, schema)
-    samples = {name: _sample(part, schema) for name, part in parts.items()}
+    train = parts["train"]
+    samples = {}
+    for name, part in parts.items():
+        most = MAX_COLUMN_ROWS if name == "train" else MAX_DRIFT_ROWS
+        samples[name] = _sample(part, sampled_requests(part.request_of, max_rows=most), schema)
     features = {feature.name: feature for feature in schema.features}
     made = _made_from_events(schema, log.frame)
     found += check_columns(
         samples["train"],
+        later=[
+            _sample(train, rows_with_step(train.labels.values, t), schema)
+            for t in range(len(schema.steps) - 1)
+        ],
         steps=[step.name for step in schema.steps],
         is_filled_before=lambda name: name in made,
         is_log_only=lambda name: name in features and features[name].source == "log_only",
@@ -78,8 +91,7 @@ def _rows(log: ImpressionLog, schema: Schema) -> list[Finding]:
     )
 
 
-def _sample(part: RawSplit, schema: Schema) -> Sample:
-    rows = sampled_requests(part.request_of)
+def _sample(part: RawSplit, rows: npt.NDArray[np.int64], schema: Schema) -> Sample:
     request = part.request_of[rows]
     values: dict[str, Values] = {}
     for feature in schema.features:

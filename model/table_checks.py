@@ -1,6 +1,5 @@
 """The checks of `model.checks` on a log alone, before anything is trained on it."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +14,15 @@ from model.checks import (
     check_columns,
     check_drift,
     check_rows,
+    rows_with_step,
     sampled_requests,
 )
 from model.contract.errors import LogError
 from model.contract.spec import Schema
 from model.leaks import series_values
 from model.logs import SPLITS, unix_seconds
+
+Rows = npt.NDArray[np.int64]
 
 # Without a split of its own, what comes first is held against what comes last.
 EARLY, LATE = 0.7, 0.85
@@ -51,11 +53,24 @@ def check_table(frame: pl.DataFrame, *, schema: Schema, path: Path) -> list[Find
         split=split,
         num_backwards=int((np.diff(time) < 0).sum()),
     )
-    samples = _samples(frame, schema, split=_by_time(time) if split is None else split)
+    if split is None:
+        split = _by_time(time)
+    samples = {
+        name: part
+        for name in SPLITS
+        if (part := _sample(frame, schema, np.flatnonzero(split == name)))
+    }
     if "train" in samples:
         source = {feature.name: feature.source for feature in schema.features}
+        labels = _labels(frame, schema)
+        is_train = split == "train"
         found += check_columns(
             samples["train"],
+            later=[
+                _values(frame, schema, rows[is_train[rows]], request=np.zeros(0, np.int64))
+                for t in range(labels.shape[1] - 1)
+                for rows in [rows_with_step(labels, t)]
+            ],
             steps=[step.name for step in schema.steps],
             is_filled_before=lambda _: False,
             is_log_only=lambda name: source[name] == "log_only",
@@ -74,36 +89,42 @@ def _by_time(time: npt.NDArray[np.float64]) -> npt.NDArray[np.str_]:
     return split
 
 
-def _samples(
-    frame: pl.DataFrame, schema: Schema, *, split: npt.NDArray[np.str_]
-) -> Mapping[str, Sample]:
+def _sample(frame: pl.DataFrame, schema: Schema, rows: Rows) -> Sample | None:
+    """Whole requests among the rows; None if there are no rows."""
+    if not len(rows):
+        return None
     log = schema.log
+    if len(rows) > 10 * MAX_COLUMN_ROWS:
+        # Whole users first, so that requests need not be told apart in all of a large log.
+        num_parts = len(rows) // (5 * MAX_COLUMN_ROWS)
+        rows = rows[(frame[log.user_id].hash(seed=0) % num_parts == 0).to_numpy()[rows]]
     keys = [log.request_id] if log.request_id is not None else [log.user_id, log.time]
-    samples = {}
-    for name in SPLITS:
-        in_split = np.flatnonzero(split == name)
-        if not len(in_split):
-            continue
-        part = frame[in_split]
-        if len(part) > 10 * MAX_COLUMN_ROWS:
-            # Whole users first, so that requests need not be told apart in all of a large log.
-            num_parts = len(part) // (5 * MAX_COLUMN_ROWS)
-            part = part.filter(pl.col(log.user_id).hash(seed=0) % num_parts == 0)
-        numbers = part.select(pl.struct(keys).rank("dense")).to_series()
-        request = numbers.cast(pl.Int64).to_numpy() - 1
-        rows = sampled_requests(request)
-        part = part[rows]
-        columns = {
-            feature.name: series_values(part[feature.name])
-            for feature in schema.features
-            if feature.name in part.columns
-        }
-        labels = [part[step.label].cast(pl.Int8).fill_null(0).to_numpy() for step in schema.steps]
-        samples[name] = Sample(
-            values={name: values for name, values in columns.items() if values is not None},
-            labels=np.stack(labels, axis=1),
-            known=np.ones((len(rows), len(labels)), np.bool_),
-            request=request[rows],
-            user=part[log.user_id].rank("dense").fill_null(0).to_numpy().astype(np.int64),
-        )
-    return samples
+    numbers = frame[rows].select(pl.struct(keys).rank("dense")).to_series()
+    request = numbers.cast(pl.Int64).to_numpy() - 1
+    kept = sampled_requests(request)
+    return _values(frame, schema, rows[kept], request=request[kept])
+
+
+def _values(frame: pl.DataFrame, schema: Schema, rows: Rows, *, request: Rows) -> Sample:
+    part = frame[rows]
+    columns = {
+        feature.name: series_values(part[feature.name])
+        for feature in schema.features
+        if feature.name in part.columns
+    }
+    labels = _labels(part, schema)
+    return Sample(
+        values={name: values for name, values in columns.items() if values is not None},
+        labels=labels,
+        known=np.ones(labels.shape, np.bool_),
+        request=request,
+        user=part[schema.log.user_id].rank("dense").fill_null(0).to_numpy().astype(np.int64),
+    )
+
+
+def _labels(frame: pl.DataFrame, schema: Schema) -> npt.NDArray[np.int8]:
+    """0 or 1, int8 [n, T]; what is neither counts as 0, and is refused by training."""
+    columns = [
+        (frame[step.label].cast(pl.Float64) == 1.0).fill_null(False) for step in schema.steps
+    ]
+    return np.stack([column.cast(pl.Int8).to_numpy() for column in columns], axis=1)

@@ -132,7 +132,7 @@ def ali_ccp(source: Path, out: Path, slots: int, keep: float, as_json: bool) -> 
 
     with reading_progress() as progress:
         summary = write_ali_ccp(source, out, slots=slots, keep=keep, progress=progress)
-    positions = summary.positions
+    positions = vars(summary).pop("positions")
     position = max(positions, key=lambda p: (positions[p], -p)) if positions else None
     write_ali_ccp_files(out, slots=slots, position=position)
     _show(out, vars(summary), as_json=as_json)
@@ -184,7 +184,6 @@ def _show(out: Path, facts: dict[str, Any], *, as_json: bool) -> None:  # Any: c
         click.echo(json.dumps({"out": str(out), **facts}))
         return
     by_split = {name: value for name, value in facts.items() if isinstance(value, dict)}
-    by_split.pop("positions", None)
     if by_split:
         table = Table("split", *by_split, title=str(out))
         for split in by_split["rows"]:

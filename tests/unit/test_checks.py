@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 
-from model.checks import Finding, sampled_requests
+from model.checks import Finding, rows_with_step, sampled_requests
 from model.config import DataConfig, TrainConfig
 from model.contract.errors import LogError
 from model.contract.spec import Schema, parse_schema
@@ -269,6 +269,19 @@ def test_a_sample_has_whole_requests() -> None:
     assert 1500 < len(rows) < 2500
     assert (np.bincount(request[rows]) % 4 == 0).all()
     assert sampled_requests(request[:100], max_rows=2000).tolist() == list(range(100))
+
+
+def test_the_later_step_is_judged_on_all_rows_with_the_one_before() -> None:
+    labels = np.zeros((300_000, 2), np.int8)
+    labels[::1000, 0] = 1
+
+    assert rows_with_step(labels, 0).tolist() == list(range(0, 300_000, 1000))
+
+
+def test_labels_may_be_true_or_false(tmp_path: Path) -> None:
+    frame = clean().with_columns(pl.col("click", "conversion").cast(pl.Boolean))
+
+    assert propose(tmp_path, pl.concat([frame, frame[:750]])).findings != []
 
 
 def test_a_finding_is_plain_data() -> None:
