@@ -1,13 +1,15 @@
 """What the trainer's verbs show: spinners and bars on stderr, tables of metrics on stdout."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
@@ -25,6 +27,27 @@ def spinner() -> Iterator[Callable[[str], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("starting", total=None)
         yield lambda text: progress.update(task, description=text)
+
+
+@contextmanager
+def reading_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr per thing that is read: what it is, bytes done, bytes of it."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}  # Any: rich's task ids
+
+        def on_bytes(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
+
+        yield on_bytes
 
 
 @contextmanager
@@ -55,6 +78,12 @@ def training_progress() -> Iterator[Any]:  # Any: model.train.Progress, which im
             bars.console.print(f"step {step}: validation {aucs}")
 
         yield TrainingProgress(on_rows=on_rows, on_evaluation=on_evaluation)
+
+
+def print_findings(findings: Iterable[Mapping[str, Any]]) -> None:
+    """One line on stderr per finding of `model.checks`."""
+    for finding in findings:
+        click.echo(f"check: {finding['message']}", err=True)
 
 
 def print_metrics(by_name: dict[str, dict[str, Any]]) -> None:

@@ -30,9 +30,11 @@ from model.contract.spec import (
 from model.fit import fit_schema
 from model.history import AsOf
 from model.logs import SPLITS, TIME, USER, ImpressionLog, Labels, read_log, unix_seconds
+from model.raw_split import RawSplit
+from model.run_checks import check_run
 from model.tables import Tables
 
-CACHE_VERSION = 7
+CACHE_VERSION = 8
 
 Rows = npt.NDArray[np.int64]
 Progress = Callable[[str], None]
@@ -103,7 +105,8 @@ class EncodedData:
     """All splits, the fitted schema, and what the log's check found.
 
     Attributes:
-        report: rows read and dropped, time range (unix seconds), rows and labels per split.
+        report: rows read and dropped, time range (unix seconds), rows and labels per split, and
+            what `model.checks` found.
     """
 
     fitted: FittedSchema
@@ -134,7 +137,11 @@ def is_cached(cache: Path, key: str) -> bool:
 
 
 def prepare(config: TrainConfig, *, schema: Schema, progress: Progress) -> EncodedData:
-    """Logs and tables to encoded splits; the encoding is fitted on train only."""
+    """Logs and tables to encoded splits; the encoding is fitted on train only.
+
+    Raises:
+        SpecError, LogError, EncodeError: a table is at fault, or a feature decides a label.
+    """
     progress("reading the impression log")
     log = read_log(config.data, schema=schema, split=config.split)
     tables = Tables.read(
@@ -148,6 +155,8 @@ def prepare(config: TrainConfig, *, schema: Schema, progress: Progress) -> Encod
     for name in SPLITS:
         progress(f"building {name} features as of their time")
         parts[name] = build_columns(log, as_of, rows=np.flatnonzero(log.split == name))
+    progress("looking for leaks")
+    findings = check_run(log, parts, schema=schema)
     train = parts["train"]
     progress("fitting vocabularies")
     fitted = fit_schema(
@@ -164,20 +173,8 @@ def prepare(config: TrainConfig, *, schema: Schema, progress: Progress) -> Encod
         # as online where it is calibrated and measured.
         encoder = Encoder(fitted, serving=name in ("calibration", "test"))
         splits[name] = encode_split(parts.pop(name), encoder)
-    return EncodedData(fitted=fitted, splits=splits, report=_report(log, schema, splits))
-
-
-@dataclass(frozen=True, kw_only=True)
-class RawSplit:
-    """Raw columns of one split, request columns once per request."""
-
-    request_columns: Columns
-    candidate_columns: Columns
-    request_time: npt.NDArray[np.float64]
-    request_of: Rows
-    labels: Labels
-    user: npt.NDArray[np.int64]
-    truth: npt.NDArray[np.float32] | None
+    report = _report(log, schema, splits) | {"findings": [f.as_json() for f in findings]}
+    return EncodedData(fitted=fitted, splits=splits, report=report)
 
 
 def build_columns(log: ImpressionLog, as_of: AsOf, *, rows: Rows) -> RawSplit:

@@ -37,7 +37,7 @@ from model.logs import (
     same_type,
     unix_seconds,
 )
-from model.tables import Tables, recent_features
+from model.tables import Tables, listed_history, recent_features
 
 Floats = npt.NDArray[np.float64]
 Keys = npt.NDArray[np.uint64]
@@ -97,7 +97,12 @@ class AsOf:
         return item_values(self._item_totals[key], statistic, keys, time, schema=self.schema)
 
     def history(self, feature: History, log: pl.DataFrame) -> Ragged:
-        """The newest events' values of each row's user, newest first."""
+        """The newest events' values of each row's user, newest first, or the user table's lists."""
+        users = self.tables.users
+        if users is not None and feature.name in users.columns:
+            time = log[TIME].to_numpy()
+            rows = self.attribute_rows(users, self.schema.log.user_id, _user_ids(log, self), time)
+            return listed_history(users, feature, rows)
         events = self._keyed(feature.of, feature.events).sort(USER, TIME, maintain_order=True)
         rows, offsets = self._newest(events, log, feature.max_length)
         return Ragged(

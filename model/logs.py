@@ -44,6 +44,7 @@ class ImpressionLog:
 
     Attributes:
         truth: float32 [N, T], known conditional step probabilities; None where the log has none.
+        num_backwards: rows of the file that were earlier than the one before them.
     """
 
     frame: pl.DataFrame
@@ -52,6 +53,7 @@ class ImpressionLog:
     split: npt.NDArray[np.str_]
     num_read: int
     num_broken_chain: int
+    num_backwards: int
 
     def time(self, schema: Schema) -> npt.NDArray[np.float64]:
         """Unix seconds of every row, float64 [N]."""
@@ -106,6 +108,7 @@ def read_log(data: DataConfig, *, schema: Schema, split: SplitConfig) -> Impress
         split=_split(frame, schema, split, data.impressions),
         num_read=num_read,
         num_broken_chain=num_broken,
+        num_backwards=int((np.diff(time) < 0).sum()),
     )
 
 

@@ -1,7 +1,8 @@
 """Proposes a schema from a log: a TOML file for its owner to read and correct.
 
-Guesses by names and by what depends on what in a sample. Refuses, with the reason, columns that are
-known only after the impression; proposes position-like columns as `log_only`.
+Guesses by names and by what depends on what in a sample. Refuses, with the reason and its figure,
+columns that are known only after the impression; proposes position-like columns as `log_only`. What
+the checks find in the columns and rows that are left is told beside it.
 """
 
 import json
@@ -10,11 +11,16 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 
+from model.checks import POSITION_NAME, SEPARATES, Finding
 from model.contract.errors import LogError
 from model.contract.spec import parse_schema
+from model.leaks import is_position, presence, separation, series_values
 from model.logs import read_table
+from model.table_checks import check_table
 
 SAMPLE_ROWS = 200_000
 MAX_VOCABULARY = 200_000
@@ -45,7 +51,6 @@ STEP_NAMES = (
         ),
     ),
 )
-LOG_ONLY = re.compile(r"(^|_)(position|pos|rank|slot)(_|$)")
 AFTERWARDS = re.compile(
     r"(^|_)(clicks?|clk|clicked|conversions?|converted|purchased?|orders?|attribut\w*|revenue|gmv|dwell"
     r"|play_time|stay_time|watch_time|cost|cpo|label|exposure)(_|$)"
@@ -54,10 +59,11 @@ AFTERWARDS = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """A schema as TOML text, and each column left out with the reason."""
+    """A schema as TOML text, each column left out with the reason, and what the checks found."""
 
     toml: str
     refused: dict[str, str]
+    findings: list[Finding]
 
 
 def propose_schema(
@@ -106,8 +112,9 @@ def propose_schema(
         lines += [f"#   {name}: {reason}" for name, reason in columns.refused.items()]
     text = "\n".join(lines) + "\n"
 
-    parse_schema(tomllib.loads(text), where="proposal")
-    return Proposal(toml=text, refused=columns.refused)
+    schema = parse_schema(tomllib.loads(text), where="proposal")
+    findings = check_table(frame, schema=schema, path=path)
+    return Proposal(toml=text, refused=columns.refused, findings=findings)
 
 
 class _Columns:
@@ -160,16 +167,44 @@ class _Columns:
         present = series.is_not_null()
         if series.null_count() and not (present & (label == 0)).any():
             return f"it is filled only where {self._first_label!r} is 1"
+        return self._leak(series)
+
+    def _leak(self, series: pl.Series) -> str | None:
+        """What the column alone tells of a label that it must not."""
+        values = series_values(series)
+        assert values is not None
         for column in self._labels:
-            if series.dtype.is_numeric() and _separates(series, self._frame[column]):
-                return f"it alone tells {column!r} nearly perfectly: it must come after it"
+            positive = (self._frame[column].cast(pl.Int8) == 1).fill_null(False).to_numpy()
+            area = separation(values, positive, fewest=10)
+            if area is not None and area >= SEPARATES:
+                return (
+                    f"it alone tells {column!r} nearly perfectly (AUC {area:.4f}): it must come "
+                    "after it"
+                )
+            shares = presence(values, positive)
+            if shares is not None:
+                return (
+                    f"it looks filled after {column!r}: {shares[0]:.1%} of its rows have a value, "
+                    f"{shares[1]:.1%} of the others"
+                )
         return None
+
+    def _is_position(self, name: str) -> bool:
+        if POSITION_NAME.search(name.lower()):
+            return True
+        values = series_values(self._frame[name])
+        return values is not None and is_position(values, self._request_of())
+
+    def _request_of(self) -> npt.NDArray[np.int64]:
+        keys = [self._request] if self._request is not None else [self._user, self._time]
+        numbers = self._frame.select(pl.struct(keys).rank("dense"))
+        return numbers.to_series().to_numpy().astype(np.int64)
 
     def _feature(self, name: str) -> list[str]:
         series = self._frame[name]
         lines = ["", "[[features]]", f'name = "{name}"']
         scope = self._scope(name)
-        if LOG_ONLY.search(name.lower()):
+        if name != self._item and self._is_position(name):
             common = series.drop_nulls().mode().sort()[0]
             is_number = isinstance(common, float)
             return [
@@ -266,19 +301,6 @@ def _find(
         f"--{what}",
         path=path,
     )
-
-
-def _separates(series: pl.Series, label: pl.Series) -> bool:
-    """Whether the column alone ranks the label with an AUC of 0.95 or more, either way."""
-    ranks = series.cast(pl.Float64).rank("average", descending=False)
-    positive = (label.cast(pl.Int8) == 1) & ranks.is_not_null()
-    num_positive, num_known = int(positive.sum()), len(ranks) - ranks.null_count()
-    num_negative = num_known - num_positive
-    if num_positive < 10 or num_negative < 10:
-        return False
-    total = float(ranks.filter(positive).sum())
-    auc = (total - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative)
-    return max(auc, 1.0 - auc) >= 0.95
 
 
 def _scope(scope: str, source: str) -> list[str]:

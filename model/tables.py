@@ -4,11 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 
+from model.contract.columns import Ragged
 from model.contract.errors import LogError
 from model.contract.log_spec import EventStatistic
-from model.contract.spec import Elapsed, Numeric, Recent, Schema
+from model.contract.spec import Elapsed, History, Numeric, Recent, Schema
 from model.logs import EVENT, ITEM, TIME, USER, integral_ids, read_table, unix_seconds
 
 
@@ -55,6 +58,38 @@ class Tables:
 
 def recent_features(schema: Schema) -> list[Recent]:
     return [feature for feature in schema.features if isinstance(feature, Recent)]
+
+
+def listed_history(users: pl.DataFrame, feature: History, rows: npt.NDArray[np.int64]) -> Ragged:
+    """A history that the user attributes have as a column of lists of ids.
+
+    An id may take several places of a list: the mean over the places then weighs it so. The times
+    are those from which the lists are valid, in whole seconds as a record holds them, or 0.
+
+    Args:
+        users: user attributes, with a column of the feature's name.
+        feature: the history; longer lists lose their end.
+        rows: of `users`, -1 for none, int64 [n].
+
+    Raises:
+        LogError: the column holds no lists of ids.
+    """
+    column = users[feature.name]
+    if not isinstance(column.dtype, pl.List):
+        raise LogError(f"user attribute {feature.name!r} is {column.dtype}, expected lists of ids")
+    # A null row at the end, for users that have none.
+    extended = pl.concat([column, pl.Series(column.name, [None], dtype=column.dtype)])
+    taken = extended.gather(np.where(rows < 0, len(column), rows)).list.head(feature.max_length)
+    lengths = taken.list.len().fill_null(0).to_numpy().astype(np.int64)
+    times = np.zeros(len(rows))
+    if TIME in users.columns and len(users):
+        times = np.floor(users[TIME].to_numpy()[np.maximum(rows, 0)])
+    values = taken.filter(pl.Series(lengths > 0)).explode()
+    return Ragged(
+        values=integral_ids(values, path=None).to_list(),
+        times=np.repeat(times, lengths),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+    )
 
 
 def _statistics(schema: Schema) -> Iterator[EventStatistic]:

@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from model.console import print_metrics, spinner, training_progress, without_nan
+from model.console import print_findings, print_metrics, spinner, training_progress, without_nan
 from model.contract.errors import EncodeError, GateError, LogError
 from model.contract.times import format_time, parse_time
 
@@ -58,6 +58,7 @@ def schema(
         click.echo(f"wrote {out}")
     for name, reason in proposal.refused.items():
         click.echo(f"left out {name!r}: {reason}", err=True)
+    print_findings(finding.as_json() for finding in proposal.findings)
 
 
 @click.command()
@@ -79,6 +80,7 @@ def train(
     config = load_config(config_file, overrides=overrides)
     with spinner() as say:
         encoded = load_data(config, cache=cache, progress=say)
+    print_findings(encoded.report["findings"])  # type: ignore[arg-type]  # as `prepare` wrote it
     write_config(run_dir, config)
     with training_progress() as progress:
         result = fit(config, encoded, run_dir=run_dir, progress=progress)

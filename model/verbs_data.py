@@ -1,17 +1,31 @@
 """The verb `ctr data`: impression logs from public data sets and the simulator."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from model.console import spinner
+from model.console import reading_progress, spinner
 
 PATH = click.Path(path_type=Path)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+F = TypeVar("F", bound=Callable[..., None])
+SOURCE = click.Path(path_type=Path, exists=True, file_okay=False)
+
+
+def keep(of: str) -> Callable[[F], F]:
+    """The option --keep, which a log too large for this machine's memory needs."""
+    return click.option(
+        "--keep",
+        type=click.FloatRange(min=0.0, min_open=True, max=1.0),
+        default=1.0,
+        show_default=True,
+        help=f"Share of {of} kept; training holds the log in memory.",
+    )
 
 
 @click.group()
@@ -97,3 +111,85 @@ def simulate(out: Path, as_json: bool, **options: Any) -> None:  # Any: what cli
     for name, count in summary.labels.items():
         table.add_row(name, f"{count:,}", f"{summary.true_means[name]:.5f}")
     Console().print(table)
+
+
+@data.command("ali-ccp")
+@click.argument("source", type=SOURCE)
+@click.argument("out", type=PATH)
+@click.option(
+    "--slots",
+    type=click.IntRange(min=1, max=1000),
+    default=50,
+    show_default=True,
+    help="Places of each of the user's weighted histories.",
+)
+@keep("users")
+@JSON
+def ali_ccp(source: Path, out: Path, slots: int, keep: float, as_json: bool) -> None:
+    """Ali-CCP from SOURCE, the directory of its files, packed or not."""
+    from model.datasets.ali_ccp import write_ali_ccp
+    from model.datasets.public_files import write_ali_ccp_files
+
+    with reading_progress() as progress:
+        summary = write_ali_ccp(source, out, slots=slots, keep=keep, progress=progress)
+    positions = vars(summary).pop("positions")
+    position = max(positions, key=lambda p: (positions[p], -p)) if positions else None
+    write_ali_ccp_files(out, slots=slots, position=position)
+    _show(out, vars(summary), as_json=as_json)
+
+
+@data.command("aliexpress")
+@click.argument("source", type=SOURCE)
+@click.argument("out", type=PATH)
+@click.option("--country", help="NL, ES, FR, US or RU; needed if files of several are there.")
+@keep("pages")
+@JSON
+def aliexpress(source: Path, out: Path, country: str | None, keep: float, as_json: bool) -> None:
+    """One country's AliExpress searching log from SOURCE, the directory of its files."""
+    from model.datasets.aliexpress import write_aliexpress
+    from model.datasets.public_files import write_aliexpress_files
+
+    with reading_progress() as progress:
+        summary = write_aliexpress(source, out, country=country, keep=keep, progress=progress)
+    write_aliexpress_files(out)
+    _show(out, vars(summary), as_json=as_json)
+
+
+@data.command("criteo-attribution")
+@click.argument("source", type=SOURCE)
+@click.argument("out", type=PATH)
+@click.option(
+    "--label",
+    type=click.Choice(["attributed", "any"]),
+    default="attributed",
+    show_default=True,
+    help="Conversions attributed to Criteo, or any within 30 days; each counts once.",
+)
+@keep("users")
+@JSON
+def criteo_attribution(source: Path, out: Path, label: Any, keep: float, as_json: bool) -> None:
+    """Criteo attribution modelling for bidding from SOURCE, the directory of its file."""
+    from model.datasets.criteo_attribution import write_criteo_attribution
+    from model.datasets.public_files import write_criteo_attribution_files
+
+    with reading_progress() as progress:
+        summary = write_criteo_attribution(source, out, label=label, keep=keep, progress=progress)
+    write_criteo_attribution_files(out)
+    _show(out, vars(summary), as_json=as_json)
+
+
+def _show(out: Path, facts: dict[str, Any], *, as_json: bool) -> None:  # Any: counts, by split
+    """Counts by split as a table, the others as lines; the command that trains on them."""
+    if as_json:
+        click.echo(json.dumps({"out": str(out), **facts}))
+        return
+    by_split = {name: value for name, value in facts.items() if isinstance(value, dict)}
+    if by_split:
+        table = Table("split", *by_split, title=str(out))
+        for split in by_split["rows"]:
+            table.add_row(split, *(f"{counts.get(split, 0):,}" for counts in by_split.values()))
+        Console().print(table)
+    for name, value in facts.items():
+        if isinstance(value, int):
+            click.echo(f"{name.replace('_', ' ')}: {value:,}")
+    click.echo(f"next: ctr train {out / 'train.toml'} --run RUN")
