@@ -391,7 +391,10 @@ def main() -> int:
     arguments = parser.parse_args()
     address = _free_address()
     with _torch_index(arguments.torch_wheels) as index:
-        settings = {"SERVICE_ADDRESS": address, "DEMO_OPTIONS": DEMO_OPTIONS, **index}
+        settings = {
+            **{"SERVICE_ADDRESS": address, "TRAINER_CPUS": "1", "DEMO_OPTIONS": DEMO_OPTIONS},
+            **index,
+        }
         engine = Engine(arguments.engine or _find_engine(), {**os.environ, **settings})
         say(f"with {engine.name}; taking down what an earlier check may have left")
         take_down(engine)
