@@ -1,6 +1,7 @@
 """The HTTP server process: listens, announces itself, and leaves without dropping a request."""
 
 import asyncio
+import contextlib
 import functools
 import gc
 import importlib.util
@@ -25,6 +26,7 @@ _log = logging.getLogger(__name__)
 
 _KEEP_ALIVE_S = 75  # longer than the usual 60 s of a load balancer, which then closes first
 _FORCED_CLOSE_S = 1.0
+_LAST_REQUESTS_S = 0.1  # for requests that are on their way when the port is closed
 
 
 class ScoringServer(uvicorn.Server):
@@ -95,12 +97,41 @@ class ScoringServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finishes the requests under way, then closes the app."""
+        await self._stop_listening(sockets or [])
         await super().shutdown(sockets)
         try:
             async with asyncio.timeout(_FORCED_CLOSE_S if self.force_exit else None):
                 await self._lifespan_stack.aclose()
         except TimeoutError:
             _log.warning("closed by force")
+
+    async def _stop_listening(self, sockets: list[socket.socket]) -> None:
+        """Closes the port, and drops no caller who has come through it already.
+
+        The kernel has made connections that the loop has not taken yet; closing the port would
+        reset them. And a connection that has just been taken has a request that was not read yet.
+        """
+        kept = [listener.dup() for listener in sockets]
+        for server in self.servers:
+            server.close()
+        waiting: list[socket.socket] = []
+        for listener in kept:
+            with listener, contextlib.suppress(BlockingIOError):
+                listener.setblocking(False)
+                while True:
+                    waiting.append(listener.accept()[0])
+        loop = asyncio.get_running_loop()
+        for connection in waiting:
+            connection.setblocking(False)
+            await loop.connect_accepted_socket(self._make_protocol, connection)
+        if not self.force_exit:
+            await asyncio.sleep(_LAST_REQUESTS_S)
+
+    def _make_protocol(self) -> asyncio.Protocol:
+        make = self.config.http_protocol_class
+        return make(  # type: ignore[call-arg]  # uvicorn's own protocols and ours take these
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
 
     async def on_tick(self, counter: int) -> bool:
         """Ends the main loop once the drain delay is over."""
