@@ -50,7 +50,7 @@ def _side(
 ) -> FeatureHistograms:
     codes = [_codes(ids[:, j]) for j in range(len(layout.ids))]
     values = Bins.of(layout, fitted).numbers_of(*_every_nth(dense, history))
-    edges = [_edges(column[~np.isnan(column)]) for column in values.T]
+    edges = [_edges(column[~np.isnan(column)]) for column in values]
     chosen = FeatureHistograms(
         ids={
             name: IdHistogram(

@@ -34,10 +34,10 @@ class SlidingCounts:
         self._clock = clock
         self._now = int(clock() / self._slice_s)
 
-    def add(self, counts: Counts) -> None:
-        """Adds counts [width] as of now."""
+    def add(self, counts: Counts, span: slice = slice(None)) -> None:
+        """Adds counts as of now, to a span of the whole width."""
         self._turn()
-        self._slices[self._now % _NUM_SLICES] += counts
+        self._slices[self._now % _NUM_SLICES, span] += counts
 
     def total(self) -> Counts:
         """The sum over the window, [width]."""

@@ -48,13 +48,13 @@ class FeatureCount:
 
 
 class _Side:
-    """One block's rows that wait to be counted."""
+    """One block's rows that wait to be counted, column by column."""
 
     def __init__(self, layout: BlockLayout, bins: Bins) -> None:
-        self.bins = bins
         self.num_rows = 0
-        self._ids = np.empty((_ROWS, len(layout.ids)), np.int64)
-        self._dense = np.empty((_ROWS, len(layout.dense_columns)), np.float32)
+        self._bins = bins
+        self._ids = np.empty((len(layout.ids), _ROWS), np.int64).T
+        self._dense = np.empty((len(layout.dense_columns), _ROWS), np.float32).T
         self._history = np.empty((_ROWS, layout.history_width), np.int64)
 
     def put(self, ids: Ids, dense: npt.NDArray[np.float32], history: Ids | None = None) -> None:
@@ -68,7 +68,7 @@ class _Side:
     def count(self) -> BinCounts:
         rows = slice(self.num_rows)
         self.num_rows = 0
-        return self.bins.count(self._ids[rows], self._dense[rows], self._history[rows])
+        return self._bins.count(self._ids[rows], self._dense[rows], self._history[rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +120,8 @@ class Sampler:
         counts = [side.count() for side in self._sides]
         self._shapes = [array.shape for c in counts for array in (c.ids, c.numbers)]
         self._totals = _flat(counts)
+        first = len(_flat(counts[:1]))
+        self._spans = slice(first), slice(first, None)
         self._rows = [0, 0]
         self._places = {
             f.name: (f, _place(f, layouts))
@@ -137,7 +139,7 @@ class Sampler:
     def take(self, blocks: Blocks, outputs: Outputs) -> None:
         """Looks at one request, of which one row stands in the request block."""
         if self._request.num_rows == _ROWS:
-            self.count()
+            self._count(0)
         request, candidate = blocks.request, blocks.candidate
         self._request.put(request.ids[:1], request.dense[:1], request.history[:1])
         self._offset = (self._offset + _ROOT_OF_TWO) & _MASK
@@ -145,7 +147,7 @@ class Sampler:
         while first < len(blocks):
             start = self._candidate.num_rows
             if start == _ROWS:
-                self.count()
+                self._count(1)
                 start = 0
             rows = slice(first, first + (_ROWS - start) * _CANDIDATE_STRIDE, _CANDIDATE_STRIDE)
             self._candidate.put(candidate.ids[rows], candidate.dense[rows])
@@ -156,15 +158,20 @@ class Sampler:
 
     def count(self) -> None:
         """Counts what was taken and not counted yet."""
-        if not (self._request.num_rows or self._candidate.num_rows):
+        for j in range(len(self._sides)):
+            self._count(j)
+
+    def _count(self, j: int) -> None:
+        side = self._sides[j]
+        if not side.num_rows:
             return
-        self._count_outputs(self._outputs[:, : self._candidate.num_rows])
-        for j, side in enumerate(self._sides):
-            self._rows[j] += side.num_rows
-        flat = _flat([side.count() for side in self._sides])
-        self._totals += flat
+        if side is self._candidate:
+            self._count_outputs(self._outputs[:, : side.num_rows])
+        self._rows[j] += side.num_rows
+        flat, span = _flat([side.count()]), self._spans[j]
+        self._totals[span] += flat
         if self.drift is not None:
-            self.drift.window.add(flat)
+            self.drift.window.add(flat, span)
 
     def counts(self) -> dict[str, FeatureCount]:
         """Of each feature, since the bundle is served."""

@@ -157,27 +157,29 @@ class Bins:
         )
 
     def _count_ids(self, ids: Ids) -> Counts:
-        found = _true(ids[:, None] == self.codes)
-        missing, unknown = _true(ids == MISSING_CODE), _true(ids == UNKNOWN_CODE)
+        by_feature = ids.T
+        found = _true(by_feature == self.codes[..., None])
+        missing, unknown = _true(by_feature == MISSING_CODE), _true(by_feature == UNKNOWN_CODE)
         other = len(ids) - found.sum(axis=0) - missing - unknown
         return np.concatenate([found, np.stack([other, missing, unknown])])
 
     def numbers_of(self, dense: Dense, history: Ids) -> Dense:
-        """The numbers that are counted, float32 [n, V], NaN where missing."""
+        """The numbers that are counted, float32 [V, n], NaN where missing."""
         num_values = len(self.flags)
-        numbers = np.empty((len(dense), num_values + len(self.histories)), np.float32)
-        is_missing = dense[:, self.flags] > self.thresholds
-        numbers[:, :num_values] = np.where(is_missing, np.nan, dense[:, :num_values])
-        for j, span in enumerate(self.histories, num_values):
-            lengths = _true((history[:, span] != PADDING_CODE).T)
-            numbers[:, j] = np.where(lengths == 0, np.nan, lengths)
+        numbers = np.empty((num_values + len(self.histories), len(dense)), np.float32)
+        columns = dense.T
+        is_missing = columns[self.flags] > self.thresholds[:, None]
+        numbers[:num_values] = np.where(is_missing, np.nan, columns[:num_values])
+        for row, span in enumerate(self.histories, num_values):
+            lengths = np.count_nonzero(history[:, span] != PADDING_CODE, axis=1)
+            numbers[row] = np.where(lengths == 0, np.nan, lengths)
         return numbers
 
     def _count_numbers(self, numbers: Dense) -> Counts:
         missing = _true(np.isnan(numbers))[None]
         # Rows up to each edge; what is missing is beyond none.
-        below = _true(numbers[:, None] <= self.edges)
-        beside = [np.zeros_like(missing), below, len(numbers) - missing]
+        below = _true(numbers <= self.edges[..., None])
+        beside = [np.zeros_like(missing), below, numbers.shape[1] - missing]
         return np.concatenate([np.diff(np.concatenate(beside), axis=0), missing])
 
 
@@ -209,12 +211,12 @@ def number_names(layout: BlockLayout) -> tuple[str, ...]:
 
 
 def _true(mask: npt.NDArray[np.bool_]) -> Counts:
-    """How often each is true, over the first axis."""
+    """How often each is true, over the last axis."""
     # Summed in bytes, which hold up to 255: a tenth of the time that sums of int64 take.
-    total = np.zeros(mask.shape[1:], np.int64)
-    for start in range(0, len(mask), 255):
-        part = mask[start : start + 255].view(np.uint8)
-        total += np.add.reduce(part, axis=0, dtype=np.uint8)
+    total = np.zeros(mask.shape[:-1], np.int64)
+    for start in range(0, mask.shape[-1], 255):
+        part = mask[..., start : start + 255].view(np.uint8)
+        total += np.add.reduce(part, axis=-1, dtype=np.uint8)
     return total
 
 

@@ -12,6 +12,8 @@ import polars as pl
 import pytest
 
 from loadtest.rig import running_service
+from model.contract.bundle import read_bundle
+from model.contract.times import AS_OF, parse_time
 from service.stores.embedded import EmbeddedRedis
 
 pytestmark = [pytest.mark.process, pytest.mark.redis]
@@ -154,6 +156,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "bundle": Path(json.loads(exported.stdout)["bundle"]),
         "snapshot": path / "snapshot",
     }
+
+
+def test_bundle_has_histograms_and_the_snapshot_its_time(work: dict[str, Any]) -> None:
+    assert read_bundle(work["bundle"]).histograms is not None
+    written = pl.read_parquet_metadata(work["snapshot"] / "items.parquet")
+    assert float(written[AS_OF]) == parse_time("2017-09-01T00:00:00Z")
 
 
 REQUEST = {

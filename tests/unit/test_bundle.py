@@ -80,6 +80,21 @@ def test_versions_are_written_into_the_manifest(path: Path) -> None:
     assert (manifest.hash_name, manifest.hash_seed) == ("xxh64", 0x43545230)
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("2023-11-15T12:00:00Z", 1_700_049_600.0),
+        ("2023-11-15T13:00:00+01:00", 1_700_049_600.0),
+        ("2023-11-15T12:00:00", None),
+        ("yesterday", None),
+    ],
+)
+def test_time_of_making_is_told_in_seconds(path: Path, text: str, seconds: float | None) -> None:
+    manifest = read_bundle(path).manifest.model_copy(update={"created_at": text})
+
+    assert manifest.made_at == seconds
+
+
 def test_directory_is_named_by_the_digest(path: Path) -> None:
     assert path.name == read_bundle(path).manifest.bundle_id
     assert len(path.name) == 16

@@ -10,6 +10,7 @@ import tiny
 from model.contract.bundle import read_bundle
 from model.contract.encode import Encoder
 from model.contract.errors import LogError
+from model.contract.times import AS_OF
 from service.item_files import ItemFiles
 from service.item_snapshot import load_item_table, write_item_file
 from service.items import ItemTable, map_item_file
@@ -65,6 +66,17 @@ async def test_table_in_a_file_is_that_in_memory(
     expected = load_item_table(snapshot, Encoder(read_bundle(tiny_bundle).fitted))
     assert_same_rows(table, expected, [3, 1, 99, 2, 4])
     assert len(table) == 4
+
+
+async def test_table_in_a_file_is_as_of_the_time_of_its_snapshot(
+    directory: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "dated.parquet"
+    tiny.item_snapshot().write_parquet(path, metadata={AS_OF: "1700049600.5"})
+
+    table = await open_table(directory, path, tiny_bundle)
+
+    assert table.as_of == 1_700_049_600.5
 
 
 async def test_workers_that_ask_at_once_share_one_table(

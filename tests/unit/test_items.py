@@ -1,4 +1,5 @@
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from model.contract.encode import Encoder
 from model.contract.errors import LogError
 from model.contract.ids import NO_KEY, hash_id
 from model.contract.spec import FIRST_CODE, MISSING_CODE, UNKNOWN_CODE, FittedSchema
+from model.contract.times import AS_OF
 from service import item_snapshot
 from service.item_snapshot import load_item_table
 from service.items import ItemTable, empty_item_table
@@ -230,3 +232,30 @@ def test_value_that_does_not_fit_its_feature_is_refused(
 ) -> None:
     with pytest.raises(LogError, match=f"column '{name}'"):
         load_item_table(write(tmp_path, item_id=[1], **{name: values}), ENCODER)
+
+
+def test_table_is_as_of_what_its_snapshot_says(tmp_path: Path) -> None:
+    path = tmp_path / "items.parquet"
+    tiny.item_snapshot().write_parquet(path, metadata={AS_OF: "1700049600.5"})
+
+    assert load_item_table(path, ENCODER).as_of == 1_700_049_600.5
+
+
+def test_snapshot_that_says_no_time_is_as_of_its_writing(tmp_path: Path) -> None:
+    path = write(tmp_path, item_id=[1])
+    os.utime(path, (1_700_000_000, 1_700_000_000))
+
+    assert load_item_table(path, ENCODER).as_of == 1_700_000_000
+
+
+@pytest.mark.parametrize("text", ["", "yesterday", "nan", "inf"])
+def test_snapshot_that_says_no_number_of_seconds_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "items.parquet"
+    tiny.item_snapshot().write_parquet(path, metadata={AS_OF: text})
+
+    with pytest.raises(LogError, match=r"ctr_as_of is .*, expected unix seconds"):
+        load_item_table(path, ENCODER)
+
+
+def test_empty_table_is_as_of_no_time() -> None:
+    assert empty_item_table(ENCODER).as_of is None
