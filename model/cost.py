@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,18 @@ def run_cost(bundle: Bundle) -> dict[str, float]:
         cost[f"CPU us per run of {rows} candidates"] = round(median, 1)
         cost[f"CPU us per candidate of {rows}"] = round(median / rows, 2)
     return cost
+
+
+def plain_model_of(run: Path) -> bytes:
+    """The plain export of a training run, see `model.export.plain_onnx`."""
+    from model.contract.encode import Encoder
+    from model.export import plain_onnx
+    from model.run import read_run
+
+    read = read_run(run)
+    return plain_onnx(
+        read.net, read.calibrators, encoder=Encoder(read.fitted), last_time=read.last_time
+    )
 
 
 def cost_against_plain(bundle: Bundle, plain: bytes) -> dict[str, float]:

@@ -206,13 +206,13 @@ def export(run_dir: Path, out: Path, ignore_gates: bool, cache: Path, as_json: b
 def inspect(bundle: Path, against_plain: Path | None, as_json: bool) -> None:
     """Show what a bundle holds and what it costs to run."""
     from model.contract.bundle import read_bundle
-    from model.cost import cost_against_plain, run_cost
+    from model.cost import cost_against_plain, plain_model_of, run_cost
 
     read = read_bundle(bundle)
     manifest = read.manifest
     cost = run_cost(read)
     if against_plain is not None:
-        cost |= cost_against_plain(read, _plain(against_plain))
+        cost |= cost_against_plain(read, plain_model_of(against_plain))
     if as_json:
         click.echo(json.dumps({"manifest": manifest.model_dump(mode="json"), "cost": cost}))
         return
@@ -262,17 +262,6 @@ def snapshot(run_or_config: Path, as_of: str, out: Path, as_json: bool) -> None:
         f"{made.records}: {made.num_users:,} user records as of {facts['as_of']}, median "
         f"{made.median_record_bytes:,} bytes, largest {made.largest_record_bytes:,}\n"
         f"{made.items}: {made.num_items:,} items"
-    )
-
-
-def _plain(path: Path) -> bytes:
-    from model.contract.encode import Encoder
-    from model.export import plain_onnx
-    from model.run import read_run
-
-    run = read_run(path)
-    return plain_onnx(
-        run.net, run.calibrators, encoder=Encoder(run.fitted), last_time=run.last_time
     )
 
 

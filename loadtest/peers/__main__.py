@@ -57,7 +57,12 @@ def install_command(venvs: Path, peers: tuple[str, ...]) -> None:
 @click.option("--records", type=_PATH, required=True)
 @click.option("--bodies", type=_PATH, help="JSON lines of POST /score; else drawn by Zipf's law.")
 @click.option("--columns/--no-columns", default=False, help="Also ask us for columns.")
-@click.option("--plain-model", type=_PATH, help="ONNX file for the peers: comparison (b).")
+@click.option(
+    "--against-plain",
+    type=_PATH,
+    metavar="RUN",
+    help="Peers get the plain export of this training run: comparison (b).",
+)
 @click.option("--peer", "peers", multiple=True, type=_NAMES, help="Only these.")
 @click.option("--candidates", default=100, show_default=True)
 @click.option("--distinct", default=300, show_default=True, help="Different bodies.")
@@ -74,7 +79,7 @@ def compare_command(
     records: Path,
     bodies: Path | None,
     columns: bool,
-    plain_model: Path | None,
+    against_plain: Path | None,
     peers: tuple[str, ...],
     candidates: int,
     distinct: int,
@@ -103,9 +108,23 @@ def compare_command(
     asked = {"JSON ids, rows": rows}
     if columns:
         asked["JSON ids, columns"] = [_with_columns(body) for body in rows]
+    out.mkdir(parents=True, exist_ok=True)
+    plain_model = None
+    if against_plain is not None:
+        from model.cost import plain_model_of  # Imports torch.
+
+        plain_model = out / "plain.onnx"
+        plain_model.write_bytes(plain_model_of(against_plain))
     result = compare(
         CompareOptions(
-            stand=StandOptions(bundle=bundle, items=items, records=records, pin=pin),
+            stand=StandOptions(
+                bundle=bundle,
+                items=items,
+                records=records,
+                pin=pin,
+                # In (a) all servers run one graph.
+                settings={} if against_plain is not None else {"CTR_ITEM_SUMS": "false"},
+            ),
             bodies=asked,
             venvs=venvs,
             peers=peers or tuple(PEERS),
