@@ -6,6 +6,7 @@ from pydantic import ValidationError
 
 from service.settings import (
     BatchSettings,
+    HealthSettings,
     LimitSettings,
     Settings,
     SettingsError,
@@ -163,7 +164,7 @@ def test_misspelt_variable_with_a_secret_does_not_show_it(monkeypatch: pytest.Mo
 def test_rows_list_every_setting_once_with_a_description() -> None:
     rows = setting_rows()
     variables = [row.variable for row in rows]
-    sections = (StoreSettings, BatchSettings, LimitSettings)
+    sections = (StoreSettings, BatchSettings, LimitSettings, HealthSettings)
     num_fields = sum(len(section.model_fields) for section in (Settings, *sections))
     assert len(set(variables)) == len(variables) == num_fields - len(sections)
     assert num_fields > 20
