@@ -56,7 +56,8 @@ class Metrics:
         """Registers every metric.
 
         Args:
-            registry: Where to; None makes one of its own, never the library's global one.
+            registry: Where to; None makes one of its own, never the library's global one. What
+                else it holds is not told by `render`.
 
         Raises:
             ValueError: The registry holds these metrics already.

@@ -621,6 +621,22 @@ async def test_metrics_tell_what_the_sampled_requests_were_like(
     assert re.search(r"^scoring_item_snapshot_age_seconds \d", text, re.M)
 
 
+async def test_sample_goes_on_when_the_same_bundle_is_loaded_again(
+    settings: Settings, start_app: StartApp
+) -> None:
+    sampled = settings.model_copy(update={"health": HealthSettings(sample_every=1)})
+    async with start_app(sampled) as app:
+        await app.client.post("/score", json=BODY)
+        app.app.state.reload()
+        async with asyncio.timeout(60):
+            while 'scoring_swaps_total{part="bundle"} 1.0' not in await metrics_text(app.client):
+                pass
+        await app.client.post("/score", json=BODY)
+        text = await metrics_text(app.client)
+
+    assert 'scoring_feature_values_total{feature="age_band"} 2.0' in text
+
+
 async def test_nothing_is_sampled_if_that_is_so_set(
     settings: Settings, start_app: StartApp
 ) -> None:
