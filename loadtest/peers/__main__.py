@@ -108,13 +108,7 @@ def compare_command(
     asked = {"JSON ids, rows": rows}
     if columns:
         asked["JSON ids, columns"] = [_with_columns(body) for body in rows]
-    out.mkdir(parents=True, exist_ok=True)
-    plain_model = None
-    if against_plain is not None:
-        from model.cost import plain_model_of  # Imports torch.
-
-        plain_model = out / "plain.onnx"
-        plain_model.write_bytes(plain_model_of(against_plain))
+    plain_model = None if against_plain is None else _write_plain(against_plain, out)
     result = compare(
         CompareOptions(
             stand=StandOptions(
@@ -146,6 +140,15 @@ def compare_command(
     for problem in failed:
         click.echo(problem, err=True)
     sys.exit(EXIT_GATE if failed else 0)
+
+
+def _write_plain(run: Path, out: Path) -> Path:
+    from model.cost import plain_model_of  # Imports torch.
+
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "plain.onnx"
+    path.write_bytes(plain_model_of(run))
+    return path
 
 
 def _with_columns(body: bytes) -> bytes:
