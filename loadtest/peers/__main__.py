@@ -95,29 +95,17 @@ def compare_command(
     Exit code 4 when a ratio is missed or an open loop is void.
     """
     leave_on_sigterm()
-    if bodies is None:
-        workload = Workload(
-            candidates=parse_candidates(str(candidates)),
-            timeout_ms=_TIMEOUT_MS,
-            distinct=distinct,
-            seed=seed,
-        )
-        rows = make_bodies(read_population(bundle, items, records), workload)
-    else:
-        rows = read_bodies(bodies, timeout_ms=_TIMEOUT_MS)
+    rows = _rows(bodies, (bundle, items, records), candidates, distinct, seed)
     asked = {"JSON ids, rows": rows}
     if columns:
         asked["JSON ids, columns"] = [_with_columns(body) for body in rows]
     plain_model = None if against_plain is None else _write_plain(against_plain, out)
+    # In (a) all servers run one graph.
+    settings = {"CTR_ITEM_SUMS": "false"} if against_plain is None else {}
     result = compare(
         CompareOptions(
             stand=StandOptions(
-                bundle=bundle,
-                items=items,
-                records=records,
-                pin=pin,
-                # In (a) all servers run one graph.
-                settings={} if against_plain is not None else {"CTR_ITEM_SUMS": "false"},
+                bundle=bundle, items=items, records=records, pin=pin, settings=settings
             ),
             bodies=asked,
             venvs=venvs,
@@ -140,6 +128,24 @@ def compare_command(
     for problem in failed:
         click.echo(problem, err=True)
     sys.exit(EXIT_GATE if failed else 0)
+
+
+def _rows(
+    bodies: Path | None,
+    population: tuple[Path, Path, Path],
+    candidates: int,
+    distinct: int,
+    seed: int,
+) -> list[bytes]:
+    if bodies is not None:
+        return read_bodies(bodies, timeout_ms=_TIMEOUT_MS)
+    workload = Workload(
+        candidates=parse_candidates(str(candidates)),
+        timeout_ms=_TIMEOUT_MS,
+        distinct=distinct,
+        seed=seed,
+    )
+    return make_bodies(read_population(*population), workload)
 
 
 def _write_plain(run: Path, out: Path) -> Path:
