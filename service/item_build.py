@@ -10,15 +10,6 @@ import sys
 import threading
 from pathlib import Path
 
-import click
-
-from model.contract.bundle import read_bundle
-from model.contract.encode import Encoder
-from model.contract.errors import ContractError
-from service.item_snapshot import write_item_file
-from service.item_sums import ItemSums
-from service.observe import configure_logging
-
 EXIT_REFUSED, EXIT_FAILED = 3, 4
 _NICENESS = 10  # the requests come first
 
@@ -29,6 +20,16 @@ def build(bundle: Path, snapshot: Path, target: Path, *, has_sums: bool, log_lev
     Then stdout says what is wrong.
     """
     os.nice(_NICENESS)
+    # Imported here: that takes half a second of a core, and the requests come first then, too.
+    import click
+
+    from model.contract.bundle import read_bundle
+    from model.contract.encode import Encoder
+    from model.contract.errors import ContractError
+    from service.item_snapshot import write_item_file
+    from service.item_sums import ItemSums
+    from service.observe import configure_logging
+
     configure_logging(log_level)
     try:
         read = read_bundle(bundle)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -99,10 +100,10 @@ def load_serving_state(
 
     bundle, encoder = _read(bundle_path)
     if item_snapshot is None:
-        return _complete(bundle, encoder, _no_items(encoder), batch, None)
+        return _complete(bundle, encoder, _no_items(encoder), batch)
     item_sums = _item_sums(bundle, with_item_sums)
     items = load_item_table(item_snapshot, encoder, item_sums=item_sums)
-    return _complete(bundle, encoder, items, batch, item_sums)
+    return _complete(bundle, encoder, items, batch, item_sums=item_sums)
 
 
 async def open_serving_state(
@@ -112,6 +113,7 @@ async def open_serving_state(
     batch: BatchSettings,
     open_items: ItemOpener,
     with_item_sums: bool = True,
+    pause: Callable[[float], None] | None = None,
 ) -> ServingState:
     """Like `load_serving_state`, beside an event loop that goes on.
 
@@ -121,6 +123,7 @@ async def open_serving_state(
         batch: See there.
         open_items: Makes the item table.
         with_item_sums: See there.
+        pause: Called, on another thread, between the model runs that are measured; see `sweep`.
 
     Raises:
         BundleError, LogError: See there.
@@ -130,7 +133,9 @@ async def open_serving_state(
     if item_snapshot is not None:
         item_sums = await asyncio.to_thread(_item_sums, bundle, with_item_sums)
     items = await _open(item_snapshot, open_items, bundle_path, bundle.manifest, encoder, item_sums)
-    return await asyncio.to_thread(_complete, bundle, encoder, items, batch, item_sums)
+    return await asyncio.to_thread(
+        _complete, bundle, encoder, items, batch, item_sums=item_sums, pause=pause
+    )
 
 
 async def with_items(
@@ -202,7 +207,9 @@ def _complete(
     encoder: Encoder,
     items: ItemTable,
     batch: BatchSettings,
-    item_sums: ItemSums | None,
+    *,
+    item_sums: ItemSums | None = None,
+    pause: Callable[[float], None] | None = None,
 ) -> ServingState:
     runtime, cost = load_runtime(
         bundle,
@@ -211,6 +218,7 @@ def _complete(
         intra_op_threads=batch.intra_op_threads,
         max_batch_rows=batch.max_batch_rows,
         item_sums=item_sums,
+        pause=pause,
     )
     _log_items(bundle.manifest, items)
     return ServingState(

@@ -7,6 +7,7 @@ one that it began with. What is refused is reported, and the old state stays.
 import asyncio
 import contextlib
 import logging
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ _log = logging.getLogger(__name__)
 
 # Twice the longest time-out (one to receive a body, one to score it), and this to answer.
 _MARGIN_S = 1.0
+# Of the time of a model run that is measured beside the requests: so they keep three quarters of a
+# core that they share with it.
+_REST = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,7 @@ class Swapper:
             BundleError, LogError: See `load_serving_state`.
         """
         sources = await asyncio.to_thread(self._look)
-        self._serve(await self._open(sources))
+        self._serve(await self._open(sources, pause=None))
         self._watcher = asyncio.create_task(self._watch())
 
     def request(self) -> None:
@@ -100,13 +104,14 @@ class Swapper:
             items=None if snapshot is None else file_identity(snapshot),
         )
 
-    async def _open(self, sources: _Sources) -> _Serving:
+    async def _open(self, sources: _Sources, *, pause: Callable[[float], None] | None) -> _Serving:
         state = await open_serving_state(
             sources.bundle.path,
             self._settings.item_snapshot,
             batch=self._settings.batch,
             open_items=self._open_items,
             with_item_sums=self._settings.item_sums,
+            pause=pause,
         )
         batcher = state.make_batcher(batch=self._settings.batch, observer=self._status.metrics)
         return _Serving(sources=sources, state=state, batcher=batcher)
@@ -154,7 +159,7 @@ class Swapper:
         return False
 
     async def _swap_all(self, found: _Sources) -> None:
-        await self._replace(await self._open(found))
+        await self._replace(await self._open(found, pause=_rest))
 
     async def _swap_items(self, found: _Sources) -> None:
         assert self._serving is not None  # `start` has set it.
@@ -198,3 +203,7 @@ class Swapper:
     async def _close(self, serving: _Serving) -> None:
         await serving.batcher.close(self._settings.drain_timeout_ms / 1000)
         serving.state.runtime.close()
+
+
+def _rest(seconds: float) -> None:
+    time.sleep(_REST * seconds)
