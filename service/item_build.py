@@ -15,7 +15,7 @@ _NICENESS = 10  # the requests come first
 
 
 def build(bundle: Path, snapshot: Path, target: Path, *, has_sums: bool, log_level: str) -> int:
-    """Returns the exit code: EXIT_REFUSED for wrong files, EXIT_FAILED if there is no room.
+    """Returns the exit code: EXIT_REFUSED for a wrong snapshot, EXIT_FAILED for what may pass.
 
     Then stdout says what is wrong.
     """
@@ -25,10 +25,11 @@ def build(bundle: Path, snapshot: Path, target: Path, *, has_sums: bool, log_lev
 
     from model.contract.bundle import read_bundle
     from model.contract.encode import Encoder
-    from model.contract.errors import ContractError
+    from model.contract.errors import BundleCorrupt, BundleNotFound, ContractError
     from service.item_snapshot import write_item_file
     from service.item_sums import ItemSums
     from service.observe import configure_logging
+    from service.refusal import may_pass
 
     configure_logging(log_level)
     try:
@@ -37,7 +38,9 @@ def build(bundle: Path, snapshot: Path, target: Path, *, has_sums: bool, log_lev
         write_item_file(snapshot, Encoder(read.fitted), target, item_sums=item_sums)
     except ContractError as exc:
         click.echo(str(exc))
-        return EXIT_REFUSED
+        # The service has just read the bundle: if that is not whole now, it is being replaced.
+        is_passing = may_pass(exc) or isinstance(exc, BundleNotFound | BundleCorrupt)
+        return EXIT_FAILED if is_passing else EXIT_REFUSED
     except OSError as exc:
         click.echo(f"item snapshot {snapshot}: its table cannot be written: {exc.strerror}")
         return EXIT_FAILED
