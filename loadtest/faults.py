@@ -1,6 +1,7 @@
 """Scenarios of faults and changes under load: Redis, bundle swap, SIGTERM, poisoned requests."""
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from loadtest.outcome import Base, Fact, Outcome, phases
 from loadtest.procs import resident_bytes
 from loadtest.schedule import arrival_times
-from loadtest.stand import Measured, Stand
+from loadtest.stand import Measured, Stand, metric
 from service.settings import load_settings
 
 SWAPS = 50
@@ -25,6 +26,7 @@ LEAST_AFTER_SWAP_S = 8.0  # a bundle and a large item table take seconds to load
 POISON_EVERY = 20
 RECOVERY_BOUND_S = 2.0
 _SETTLED_S = 0.1  # after a fault, until every look-up under way has ended
+_ITEM_SWAPS = 'scoring_swaps_total{part="items"}'
 _NO_RELOAD = "the service does not reload on SIGHUP"
 
 
@@ -119,6 +121,34 @@ def bundle_swap(stand: Stand, base: Base) -> Outcome:
         claims={
             "every request is answered": measured.summary.failed_share == 0.0,
             "the new bundle answers": bool(len(new_at)),
+        },
+    )
+
+
+def item_swap(stand: Stand, base: Base) -> Outcome:
+    """The item snapshot is replaced by a copy of itself under load; the service finds it itself."""
+    poll_s = load_settings().reload_poll_s
+    if not poll_s:
+        return Outcome(name="item-swap", skipped="CTR_RELOAD_POLL_S is 0: no file is looked at")
+    target, at = stand.target(), base.seconds / 2.0
+    end = at + poll_s + max(1.5 * base.seconds, LEAST_AFTER_SWAP_S)
+    times = arrival_times(base.saturation / 2.0, end, rng=np.random.default_rng(base.seed))
+    copy = stand.items_link.with_name("copy.parquet")
+    before = metric(target.url, _ITEM_SWAPS)
+
+    def replace_items() -> None:
+        shutil.copy(stand.options.items, copy)
+        copy.replace(stand.items_link)
+
+    measured = target.open_loop(times, seconds=end, seed=base.seed, actions=[(at, replace_items)])
+    num_swaps = metric(target.url, _ITEM_SWAPS) - before
+    marks = {"before": (0.0, at), "from the swap on": (at, end)}
+    return Outcome(
+        name="item-swap",
+        runs=phases(measured, marks, late_limit_ms=target.late_limit_ms),
+        claims={
+            "every request is answered": measured.summary.failed_share == 0.0,
+            "the new items are in service": num_swaps > 0,
         },
     )
 

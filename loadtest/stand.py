@@ -191,6 +191,7 @@ class Stand:
 
     Attributes:
         bundle_link: Symbolic link that the service was started with; may be pointed elsewhere.
+        items_link: Likewise, to the item snapshot.
     """
 
     options: StandOptions
@@ -198,6 +199,7 @@ class Stand:
     service: ServiceProcess
     bodies: list[bytes]
     bundle_link: Path
+    items_link: Path
     generator_cpu: int | None
 
     def target(self, bodies: list[bytes] | None = None) -> Target:
@@ -220,13 +222,15 @@ def open_stand(options: StandOptions, bodies: list[bytes]) -> Iterator[Stand]:
         directory = Path(name)
         link = directory / "bundle"
         link.symlink_to(options.bundle.resolve())
+        items_link = directory / "items.parquet"
+        items_link.symlink_to(options.items.resolve())
         redis = RedisProcess(directory, cpu=generator_cpu)
         redis.start()
         try:
             redis.fill(options.records)
             service = ServiceProcess(
                 bundle=link,
-                items=options.items,
+                items=items_link,
                 store_url=redis.url,
                 cpu=server_cpu if options.workers == 1 else None,
                 workers=options.workers,
@@ -239,6 +243,7 @@ def open_stand(options: StandOptions, bodies: list[bytes]) -> Iterator[Stand]:
                     service=service,
                     bodies=bodies,
                     bundle_link=link,
+                    items_link=items_link,
                     generator_cpu=generator_cpu,
                 )
                 stand.target().saturate(WARM_UP_S)

@@ -58,7 +58,7 @@ def bootstrap(
     CTR_WAIT_FOR_BUNDLE becomes ready by it. User records go to CTR_STORE__URL and never expire.
     """
     found = bundle_identity(models / CURRENT)
-    if not again and found.manifest is not None and file_identity(models / ITEMS) is not None:
+    if not again and found.is_there and file_identity(models / ITEMS) is not None:
         click.echo(f"{models}: bundle {found.path.name} is there, nothing to do")
         return
     stages = Stages(work.resolve())

@@ -19,10 +19,20 @@ class FileIdentity:
 
 @dataclass(frozen=True, slots=True)
 class BundleIdentity:
-    """Changes when a link on the way to the bundle points elsewhere, or its manifest changes."""
+    """Changes when a link on the way to the bundle points elsewhere, or one of its files changes.
+
+    Attributes:
+        path: Free of links, so that the bundle is read from one place.
+        files: By name, ascending, without hidden ones: those are still being written.
+    """
 
     path: Path
-    manifest: FileIdentity | None
+    files: tuple[tuple[str, FileIdentity | None], ...]
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there is a manifest to read."""
+        return any(name == MANIFEST and identity is not None for name, identity in self.files)
 
 
 def file_identity(path: Path) -> FileIdentity | None:
@@ -35,6 +45,10 @@ def file_identity(path: Path) -> FileIdentity | None:
 
 
 def bundle_identity(path: Path) -> BundleIdentity:
-    """The bundle's identity; its `path` is free of links, so that it is read from one place."""
+    """The bundle's identity; without files if its directory cannot be looked at."""
     real = Path(os.path.realpath(path))
-    return BundleIdentity(real, file_identity(real / MANIFEST))
+    try:
+        names = sorted(entry.name for entry in real.iterdir() if not entry.name.startswith("."))
+    except OSError:
+        names = []
+    return BundleIdentity(real, tuple((name, file_identity(real / name)) for name in names))

@@ -10,25 +10,27 @@ import sys
 import threading
 from pathlib import Path
 
-import click
-
-from model.contract.bundle import read_bundle
-from model.contract.encode import Encoder
-from model.contract.errors import ContractError
-from service.item_snapshot import write_item_file
-from service.item_sums import ItemSums
-from service.log_lines import configure_logging
-
 EXIT_REFUSED, EXIT_FAILED = 3, 4
 _NICENESS = 10  # the requests come first
 
 
 def build(bundle: Path, snapshot: Path, target: Path, *, has_sums: bool, log_level: str) -> int:
-    """Returns the exit code: EXIT_REFUSED for wrong files, EXIT_FAILED if there is no room.
+    """Returns the exit code: EXIT_REFUSED for a wrong snapshot, EXIT_FAILED for what may pass.
 
     Then stdout says what is wrong.
     """
     os.nice(_NICENESS)
+    # Imported here: that takes half a second of a core, and the requests come first then, too.
+    import click
+
+    from model.contract.bundle import read_bundle
+    from model.contract.encode import Encoder
+    from model.contract.errors import BundleCorrupt, BundleNotFound, ContractError
+    from service.item_snapshot import write_item_file
+    from service.item_sums import ItemSums
+    from service.log_lines import configure_logging
+    from service.refusal import may_pass
+
     configure_logging(log_level)
     try:
         read = read_bundle(bundle)
@@ -36,7 +38,9 @@ def build(bundle: Path, snapshot: Path, target: Path, *, has_sums: bool, log_lev
         write_item_file(snapshot, Encoder(read.fitted), target, item_sums=item_sums)
     except ContractError as exc:
         click.echo(str(exc))
-        return EXIT_REFUSED
+        # The service has just read the bundle: if that is not whole now, it is being replaced.
+        is_passing = may_pass(exc) or isinstance(exc, BundleNotFound | BundleCorrupt)
+        return EXIT_FAILED if is_passing else EXIT_REFUSED
     except OSError as exc:
         click.echo(f"item snapshot {snapshot}: its table cannot be written: {exc.strerror}")
         return EXIT_FAILED

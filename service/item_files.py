@@ -19,6 +19,7 @@ from model.contract.errors import LogError
 from service.identity import file_identity
 from service.item_sums import ItemSums
 from service.items import ItemTable, map_item_file
+from service.refusal import ItemBuildError
 
 _POLL_S = 0.02
 _EXIT_REFUSED, _EXIT_FAILED = 3, 4  # those of `item_build`, without its imports
@@ -47,7 +48,8 @@ class ItemOpener(Protocol):
             item_sums: The bundle's; None for a table without sums.
 
         Raises:
-            LogError: The snapshot is missing or damaged, or does not fit the bundle.
+            LogError: The snapshot is missing or damaged, or does not fit the bundle; as
+                `ItemBuildError`, if trying again may help.
         """
         ...
 
@@ -96,8 +98,9 @@ class ItemFiles:
         """See `ItemOpener`.
 
         Raises:
-            LogError: See there.
-            OSError: There is no room for the table, or its process cannot be started.
+            LogError: See there; `ItemBuildError` if there is no room for the table, or its process
+                was killed.
+            OSError: The process cannot be started.
         """
         has_sums = item_sums is not None
         key = await asyncio.to_thread(_key, snapshot, manifest, has_sums)
@@ -131,10 +134,12 @@ class ItemFiles:
         part = path.with_suffix(_PART)
         code, text = await self._run(bundle_path, snapshot, part, str(int(has_sums)))
         await asyncio.to_thread(self._put_away, path, code, text)
-        if code in (_EXIT_REFUSED, _EXIT_FAILED):
+        if code == _EXIT_REFUSED:
             raise LogError(text, path=snapshot)
+        if code == _EXIT_FAILED:
+            raise ItemBuildError(text, path=snapshot)
         if code:
-            raise LogError(
+            raise ItemBuildError(
                 f"item snapshot {snapshot}: the process that encodes it ended with status {code}",
                 path=snapshot,
             )

@@ -19,6 +19,8 @@ _TOLERANCE = 0.02
 _STEP = 1.2  # between row counts tried
 _MIN_ROUNDS, _MAX_ROUNDS = 4, 10
 _ROUNDS_BUDGET_S = 0.3
+# A run that takes longer is a long wait for everybody behind it, and no larger one is tried.
+_LONGEST_RUN_S = 10e-3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,29 +56,49 @@ def sweep(
     *,
     max_rows: int = MAX_SWEEP_ROWS,
     clock: Callable[[], float] = time.thread_time,
+    pause: Callable[[float], None] | None = None,
 ) -> list[RunTime]:
     """Measures runs of 1 row to `max_rows`. Blocks: ten rounds, or down to four if they take 0.3 s.
 
     Each row count is tried once per round and its least time counts: what disturbs a run only
-    ever makes it longer, and seldom hits the same row count every time.
+    ever makes it longer, and seldom hits the same row count every time. Row counts end, after two
+    at least, with the first that takes over 10 ms twice.
 
     Args:
         run: Runs the model with so many rows.
         max_rows: At least 1.
         clock: Seconds. The thread's own CPU time is blind to other load on the machine; not fit
             for runs with threads of their own.
+        pause: Called with the time of each run after it, for one who wants the core to be free
+            in between. Then there are four rounds.
     """
+
+    def timed(rows: int) -> float:
+        started_at = clock()
+        run(rows)
+        seconds = clock() - started_at
+        if pause is not None:
+            pause(seconds)
+        return seconds
+
     sizes = sweep_sizes(max_rows)
-    least = [float("inf")] * len(sizes)
-    give_up_at = time.perf_counter() + _ROUNDS_BUDGET_S
-    for number in range(_MAX_ROUNDS):
-        if number >= _MIN_ROUNDS and time.perf_counter() > give_up_at:
+    least: list[float] = []
+    for rows in sizes:
+        seconds = timed(rows)
+        if seconds > _LONGEST_RUN_S:
+            seconds = min(seconds, timed(rows))
+        least.append(seconds)
+        if seconds > _LONGEST_RUN_S and len(least) >= 2:
             break
-        for index, rows in enumerate(sizes):
-            started_at = clock()
-            run(rows)
-            least[index] = min(least[index], clock() - started_at)
-    return [RunTime(rows, seconds) for rows, seconds in zip(sizes, least, strict=True)]
+    used_s = sum(least)
+    for number in range(1, _MAX_ROUNDS):
+        if number >= _MIN_ROUNDS and (pause is not None or used_s > _ROUNDS_BUDGET_S):
+            break
+        for index, before in enumerate(least):
+            seconds = timed(sizes[index])
+            used_s += seconds
+            least[index] = min(before, seconds)
+    return [RunTime(rows, seconds) for rows, seconds in zip(sizes, least, strict=False)]
 
 
 def fit_cost(times: Sequence[RunTime], *, max_rows: int | None = None) -> RunCost:

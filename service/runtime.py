@@ -6,7 +6,7 @@ Knows blocks and outputs, no features and no requests.
 import itertools
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -114,6 +114,7 @@ def load_runtime(
     intra_op_threads: int,
     max_batch_rows: int | None,
     item_sums: ItemSums | None = None,
+    pause: Callable[[float], None] | None = None,
 ) -> tuple[Runtime, RunCost]:
     """Builds the runtime of a bundle, tests it on the golden rows, and measures its runs.
 
@@ -125,6 +126,7 @@ def load_runtime(
         max_batch_rows: Most rows of one run; None takes the cheapest number.
         item_sums: By the bundle's `parts`, for a runtime whose candidates have their sums; None
             loads the whole model, which reads none.
+        pause: See `sweep`.
 
     Returns:
         The runtime, warm, and what its runs cost.
@@ -144,7 +146,7 @@ def load_runtime(
     try:
         _check_names(bundle, runtime, golden, name)
         _check_golden_answers(bundle, runtime, golden, name)
-        cost = _measure(golden, runtime, intra_op_threads, max_batch_rows)
+        cost = _measure(golden, runtime, intra_op_threads, max_batch_rows, pause)
     except BaseException:
         runtime.close()
         raise
@@ -235,7 +237,11 @@ def join(parts: list[Outputs]) -> Outputs:
 
 
 def _measure(
-    golden: Blocks, runtime: Runtime, intra_op_threads: int, max_batch_rows: int | None
+    golden: Blocks,
+    runtime: Runtime,
+    intra_op_threads: int,
+    max_batch_rows: int | None,
+    pause: Callable[[float], None] | None,
 ) -> RunCost:
     def run(rows: int) -> None:
         runtime.run(blocks[rows])
@@ -244,7 +250,8 @@ def _measure(
     blocks = {rows: _repeat(golden, rows) for rows in sweep_sizes(top)}
     # The time of a run with threads of its own is not all in the thread that waits for it.
     clock = time.thread_time if intra_op_threads == 1 else time.perf_counter
-    cost = fit_cost(sweep(run, max_rows=top, clock=clock), max_rows=max_batch_rows)
+    times = sweep(run, max_rows=top, clock=clock, pause=pause)
+    cost = fit_cost(times, max_rows=max_batch_rows)
     _log.info(
         "a run takes %.0f us and %.2f us per row, at most %d rows are run together",
         1e6 * cost.fixed_s,

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -100,12 +101,14 @@ def load_serving_state(
     # Imported here: a service whose tables are built by another process does without polars.
     from service.item_snapshot import load_item_table
 
-    bundle, encoder = _read(bundle_path)
-    if item_snapshot is None:
-        return _complete(bundle, encoder, _no_items(encoder), batch, None)
-    item_sums = _item_sums(bundle, with_item_sums)
-    items = load_item_table(item_snapshot, encoder, item_sums=item_sums)
-    return _complete(bundle, encoder, items, batch, item_sums)
+    bundle, encoder, item_sums = _read(bundle_path, item_snapshot, with_item_sums)
+    items = (
+        _no_items(encoder)
+        if item_snapshot is None
+        else load_item_table(item_snapshot, encoder, item_sums=item_sums)
+    )
+    runtime, cost = _load(bundle, encoder, batch, item_sums)
+    return _complete(bundle, encoder, item_sums, runtime, cost, items)
 
 
 async def open_serving_state(
@@ -115,6 +118,7 @@ async def open_serving_state(
     batch: BatchSettings,
     open_items: ItemOpener,
     with_item_sums: bool = True,
+    pause: Callable[[float], None] | None = None,
 ) -> ServingState:
     """Like `load_serving_state`, beside an event loop that goes on.
 
@@ -124,16 +128,24 @@ async def open_serving_state(
         batch: See there.
         open_items: Makes the item table.
         with_item_sums: See there.
+        pause: Called, on another thread, between the model runs that are measured; see `sweep`.
 
     Raises:
         BundleError, LogError: See there.
     """
-    bundle, encoder = await asyncio.to_thread(_read, bundle_path)
-    item_sums = None
-    if item_snapshot is not None:
-        item_sums = await asyncio.to_thread(_item_sums, bundle, with_item_sums)
-    items = await _open(item_snapshot, open_items, bundle_path, bundle.manifest, encoder, item_sums)
-    return await asyncio.to_thread(_complete, bundle, encoder, items, batch, item_sums)
+    bundle, encoder, item_sums = await asyncio.to_thread(
+        _read, bundle_path, item_snapshot, with_item_sums
+    )
+    # First, for it takes less: a bundle that is refused takes no time of an encoding process.
+    runtime, cost = await asyncio.to_thread(_load, bundle, encoder, batch, item_sums, pause=pause)
+    try:
+        items = await _open(
+            item_snapshot, open_items, bundle_path, bundle.manifest, encoder, item_sums
+        )
+    except BaseException:
+        runtime.close()
+        raise
+    return _complete(bundle, encoder, item_sums, runtime, cost, items)
 
 
 async def with_items(
@@ -176,13 +188,12 @@ async def _open(
     )
 
 
-def _read(bundle_path: Path) -> tuple[Bundle, Encoder]:
+def _read(
+    bundle_path: Path, item_snapshot: Path | None, with_item_sums: bool
+) -> tuple[Bundle, Encoder, ItemSums | None]:
     bundle = read_bundle(bundle_path)
-    return bundle, Encoder(bundle.fitted)
-
-
-def _item_sums(bundle: Bundle, is_wanted: bool) -> ItemSums | None:
-    return ItemSums(bundle.parts) if is_wanted and bundle.parts is not None else None
+    parts = bundle.parts if with_item_sums and item_snapshot is not None else None
+    return bundle, Encoder(bundle.fitted), None if parts is None else ItemSums(parts)
 
 
 def _log_items(manifest: Manifest, items: ItemTable) -> None:
@@ -200,21 +211,33 @@ def _no_items(encoder: Encoder) -> ItemTable:
     return empty_item_table(encoder)
 
 
-def _complete(
+def _load(
     bundle: Bundle,
     encoder: Encoder,
-    items: ItemTable,
     batch: BatchSettings,
     item_sums: ItemSums | None,
-) -> ServingState:
-    runtime, cost = load_runtime(
+    *,
+    pause: Callable[[float], None] | None = None,
+) -> tuple[Runtime, RunCost]:
+    return load_runtime(
         bundle,
         encoder,
         num_runners=batch.num_runners,
         intra_op_threads=batch.intra_op_threads,
         max_batch_rows=batch.max_batch_rows,
         item_sums=item_sums,
+        pause=pause,
     )
+
+
+def _complete(
+    bundle: Bundle,
+    encoder: Encoder,
+    item_sums: ItemSums | None,
+    runtime: Runtime,
+    cost: RunCost,
+    items: ItemTable,
+) -> ServingState:
     _log_items(bundle.manifest, items)
     return ServingState(
         manifest=bundle.manifest,

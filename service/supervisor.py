@@ -1,7 +1,8 @@
 """Keeps several worker processes that listen on one port, each on a socket of its own.
 
 Scores nothing, and starts no thread. A worker that ends is started again, later and later if it
-keeps ending; the port stays taken meanwhile. Workers leave by themselves should this process go.
+keeps ending; one whose event loop has stood still for half a minute is killed first. The port stays
+taken meanwhile. Workers leave by themselves should this process go.
 """
 
 import logging
@@ -26,6 +27,12 @@ _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
 _STEADY_S = 60.0  # after which an end is a first one again
 _READY = b"r"
+_MAX_BYTES = 64  # of what a worker has said since the last look
+# A worker's event loop says something every second, whatever the load.
+_SILENCE_LIMIT_S = 30.0
+# A look that comes later than this was kept from coming, and the workers may have been, too: a
+# container that was paused does not come back to workers that are all killed.
+_LONGEST_TICK_S = 1.0
 _TO_WORKERS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -33,8 +40,10 @@ _TO_WORKERS = (signal.SIGTERM, signal.SIGINT)
 class _Worker:
     index: int
     process: "subprocess.Popen[bytes] | None" = None
-    channel: socket.socket | None = None  # says when it is ready; its end tells it to leave
+    # Says when the worker is ready, and then that it lives; its end tells it to leave.
+    channel: socket.socket | None = None
     is_ready: bool = False
+    silent_s: float = 0.0
     started_at: float = 0.0
     num_restarts: int = 0
     num_failures: int = 0
@@ -59,6 +68,7 @@ class Supervisor:
         self._announce = announce
         self._workers = [_Worker(index) for index in range(settings.workers)]
         self._selector = selectors.DefaultSelector()
+        self._ticked_at = time.monotonic()
         self._is_leaving = False
 
     def run(self) -> int:
@@ -79,6 +89,7 @@ class Supervisor:
                     self._announce(listening_url(placeholder))
                     while not self._is_leaving:
                         self._tick()
+                        self._end_silent()
                         self._revive()
                 return self._wait_for_all()
             finally:
@@ -121,11 +132,30 @@ class Supervisor:
             worker.process.terminate()
 
     def _tick(self) -> None:
-        for key, _ in self._selector.select(_TICK_S):
-            worker: _Worker = key.data
-            if worker.channel is not None and worker.channel.recv(1) == _READY:
-                worker.is_ready = True
-            else:
+        heard = self._selector.select(_TICK_S)
+        now = time.monotonic()
+        passed_s, self._ticked_at = min(_LONGEST_TICK_S, now - self._ticked_at), now
+        for worker in self._workers:
+            worker.silent_s += passed_s
+        for key, _ in heard:
+            worker = key.data
+            said = b"" if worker.channel is None else _said(worker.channel)
+            if not said:
+                self._hang_up(worker)
+                continue
+            worker.silent_s = 0.0
+            worker.is_ready = worker.is_ready or _READY in said
+
+    def _end_silent(self) -> None:
+        for worker in self._workers:
+            if worker.is_ready and worker.silent_s > _SILENCE_LIMIT_S:
+                assert worker.process is not None  # It is ready.
+                _log.error(
+                    "worker %d has not been heard of for %.0f s, it is killed",
+                    worker.index,
+                    worker.silent_s,
+                )
+                worker.process.kill()
                 self._hang_up(worker)
 
     def _hang_up(self, worker: _Worker) -> None:
@@ -172,12 +202,33 @@ class Supervisor:
                 worker.process.send_signal(number)
 
     def _wait_for_all(self) -> int:
+        # Requests under way, and then the batches, each get the drain's time.
+        drain_ms = self._settings.drain_delay_ms + 2 * self._settings.drain_timeout_ms
+        leave_by = time.monotonic() + drain_ms / 1000 + _SILENCE_LIMIT_S
         codes = []
         for worker in self._workers:
             if worker.process is not None:
-                code = worker.process.wait()
+                code = _wait_until(leave_by, worker.process)
                 codes.append(code if code >= 0 else 128 - code)
         # The worker that could not start comes before those that had to leave because of it.
         return next(
             (code for code in codes if code not in (0, 128 + signal.SIGTERM)), max(codes, default=0)
         )
+
+
+def _wait_until(time_limit: float, process: "subprocess.Popen[bytes]") -> int:
+    """Exit code of a process, which is killed if it does not end by the time."""
+    try:
+        return process.wait(max(0.0, time_limit - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        _log.error("process %d does not leave, it is killed", process.pid)
+        process.kill()
+        return process.wait()
+
+
+def _said(channel: socket.socket) -> bytes:
+    """What the worker has said, nothing if it is gone."""
+    try:
+        return channel.recv(_MAX_BYTES)
+    except ConnectionError:
+        return b""

@@ -5,6 +5,7 @@ its settings in the environment.
 """
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -20,6 +21,9 @@ from service.server import run_server
 from service.settings import load_settings
 from service.worker_metrics import WorkerMetrics
 
+_BEAT_S = 1.0  # many times in the supervisor's limit
+_READY, _ALIVE = b"r", b"a"
+
 
 def serve(*, index: int, num_restarts: int, channel: socket.socket, directory: Path) -> int:
     """Serves until a signal, or until the supervisor is gone; returns the exit code.
@@ -27,7 +31,8 @@ def serve(*, index: int, num_restarts: int, channel: socket.socket, directory: P
     Args:
         index: Number of this worker, from 0.
         num_restarts: How often a worker of this number has been started again.
-        channel: Told when this worker is ready; its end says that the supervisor is gone.
+        channel: Told when this worker is ready, and from then on that its event loop turns; its end
+            says that the supervisor is gone.
         directory: Shared by the workers, for item tables and metrics.
     """
     settings = load_settings()
@@ -37,9 +42,16 @@ def serve(*, index: int, num_restarts: int, channel: socket.socket, directory: P
         asyncio.get_running_loop().remove_reader(channel)
         os.kill(os.getpid(), signal.SIGTERM)
 
+    def say(what: bytes) -> None:
+        # If the supervisor stands still, nobody needs to hear it; if it is gone, `leave` is due.
+        with contextlib.suppress(OSError):
+            channel.send(what)
+        asyncio.get_running_loop().call_later(_BEAT_S, say, _ALIVE)
+
     def announce(url: str) -> None:
         del url
-        channel.send(b"r")
+        channel.setblocking(False)
+        say(_READY)
         asyncio.get_running_loop().add_reader(channel, leave)
 
     def share(metrics: Metrics) -> WorkerMetrics:

@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from loadtest.bench import serving
 from model.contract.record import UserRecord, pack_record
 from service.app import create_app
+from service.item_files import ItemOpener, open_in_memory
 from service.settings import BatchSettings, Settings, load_settings
 from service.state import ServingState, load_serving_state
 from service.stores.base import OnlineStore
@@ -104,7 +105,10 @@ class RunningApp:
 
 class StartApp(Protocol):
     def __call__(
-        self, settings: Settings, store: OnlineStore | None = None
+        self,
+        settings: Settings,
+        store: OnlineStore | None = None,
+        open_items: ItemOpener = open_in_memory,
     ) -> AbstractAsyncContextManager[RunningApp]: ...
 
 
@@ -120,10 +124,12 @@ def start_app(is_below_asgi: bool) -> StartApp:
 
     @asynccontextmanager
     async def start(
-        settings: Settings, store: OnlineStore | None = None
+        settings: Settings,
+        store: OnlineStore | None = None,
+        open_items: ItemOpener = open_in_memory,
     ) -> AsyncIterator[RunningApp]:
         store = MemoryStore() if store is None else store
-        app = create_app(settings, store=store)
+        app = create_app(settings, store=store, open_items=open_items)
         async with app.router.lifespan_context(app), _client_of(app, is_below_asgi) as client:
             yield RunningApp(app, client, store)
 

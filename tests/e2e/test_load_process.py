@@ -124,5 +124,5 @@ def test_k6_sends_the_same_bodies_at_the_rate() -> None:
 def test_every_scenario_of_the_issue_is_there() -> None:
     assert SCENARIOS.keys() >= {
         *("steady", "step", "burst", "redis-stall", "redis-gone", "bundle-swap", "sigterm"),
-        "poisoned",
+        *("item-swap", "poisoned"),
     }

@@ -64,8 +64,11 @@ class Served:
         return int(self.url.rpartition(":")[2])
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-c", "from service.cli import main; main()", *map(str, arguments)]
+PROGRAM = "from service.cli import main; main()"
+
+
+def command(*arguments: object, program: str = PROGRAM) -> list[str]:
+    return [sys.executable, "-c", program, *map(str, arguments)]
 
 
 def environment(tmp_path: Path, **settings: object) -> dict[str, str]:
@@ -79,10 +82,15 @@ def environment(tmp_path: Path, **settings: object) -> dict[str, str]:
 
 @contextmanager
 def serving(
-    tmp_path: Path, tiny_bundle: Path, tiny_items: Path, **settings: object
+    tmp_path: Path,
+    tiny_bundle: Path,
+    tiny_items: Path,
+    program: str = PROGRAM,
+    **settings: object,
 ) -> Iterator[Served]:
+    arguments = ("serve", "--bundle", tiny_bundle, "--items", tiny_items, "--port", 0)
     process = subprocess.Popen(
-        command("serve", "--bundle", tiny_bundle, "--items", tiny_items, "--port", 0),
+        command(*arguments, program=program),
         env=environment(tmp_path, **settings),
         cwd=tmp_path,
         stderr=subprocess.PIPE,

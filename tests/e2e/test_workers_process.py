@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,34 @@ def shared(
 ) -> Iterator[Served]:
     """For tests that leave it with two workers, whatever they have counted."""
     with two_workers(tmp_path_factory.mktemp("workers"), tiny_bundle, snapshot) as process:
+        yield process
+
+
+SHORT_PATIENCE_S = 3.0
+SHORT_PATIENCE = f"""
+from service import supervisor
+from service.cli import main
+supervisor._SILENCE_LIMIT_S = {SHORT_PATIENCE_S}
+main()
+"""
+
+
+@contextmanager
+def impatiently_serving(tmp_path: Path, bundle: Path, items: Path) -> Iterator[Served]:
+    settings = {**QUIET, "CTR_WORKERS": 2, "CTR_DRAIN_TIMEOUT_MS": 0}
+    with serving(tmp_path, bundle, items, program=SHORT_PATIENCE, **settings) as process:
+        yield process
+        process.process.terminate()
+        process.wait()  # Workers, too, have its stderr.
+
+
+@pytest.fixture(scope="module")
+def impatient(
+    tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path, tiny_items: Path
+) -> Iterator[Served]:
+    """For tests that leave it with two workers."""
+    directory = tmp_path_factory.mktemp("impatient")
+    with impatiently_serving(directory, tiny_bundle, tiny_items) as process:
         yield process
 
 
@@ -118,6 +147,46 @@ def test_killed_worker_is_started_again_and_counters_go_on(shared: Served) -> No
     assert set(told) == {before}
     assert metric(shared, CANDIDATES) == before + 30
     assert len({worker.pid for worker in workers(shared)} & pids) == 1
+
+
+def test_worker_that_stands_still_is_replaced(impatient: Served) -> None:
+    still, other = workers(impatient)
+    still.suspend()
+    wait_until(lambda: not still.is_running())
+    wait_until(lambda: len(listening_pids(impatient.port)) == 2)
+    score_on_new_connections(impatient, 10)
+
+    pids = {worker.pid for worker in workers(impatient)}
+    assert other.pid in pids
+    assert len(pids) == 2
+    assert sum("not been heard of" in line for line in impatient.lines) == 1
+
+
+def test_workers_of_a_service_that_stood_still_as_a_whole_live_on(impatient: Served) -> None:
+    everybody = [psutil.Process(impatient.process.pid), *workers(impatient)]
+    pids = {worker.pid for worker in workers(impatient)}
+    for process in everybody:
+        process.suspend()
+    time.sleep(SHORT_PATIENCE_S + 1.0)  # This is what is tested.
+    for process in everybody:
+        process.resume()
+    time.sleep(0.5)  # Several looks.
+    score_on_new_connections(impatient, 4)
+
+    assert {worker.pid for worker in workers(impatient)} == pids
+
+
+def test_sigterm_ends_a_worker_that_stands_still(
+    tmp_path: Path, tiny_bundle: Path, tiny_items: Path
+) -> None:
+    with impatiently_serving(tmp_path, tiny_bundle, tiny_items) as served:
+        still, _ = workers(served)
+        still.suspend()
+        served.process.terminate()
+        code = served.wait()
+
+        assert code == 128 + signal.SIGKILL
+        assert not still.is_running()
 
 
 def test_sighup_gives_all_workers_the_new_items(shared: Served, snapshot: Path) -> None:

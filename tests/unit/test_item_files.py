@@ -14,6 +14,7 @@ from model.contract.times import AS_OF
 from service.item_files import ItemFiles
 from service.item_snapshot import load_item_table, write_item_file
 from service.items import ItemTable, map_item_file
+from service.refusal import ItemBuildError
 
 pytestmark = pytest.mark.anyio
 
@@ -130,6 +131,21 @@ async def test_refused_snapshot_is_refused_until_it_changes(
     assert messages == [f"item snapshot {snapshot}: row 1: item '1' is there twice"] * 2
     assert len(await open_table(directory, snapshot, tiny_bundle)) == 4
     assert tables(directory, "refused") == {}
+
+
+async def test_bundle_that_is_gone_meanwhile_is_no_fault_of_the_snapshot(
+    directory: Path, snapshot: Path, tiny_bundle: Path
+) -> None:
+    bundle = read_bundle(tiny_bundle)
+    with pytest.raises(ItemBuildError, match="no bundle at"):
+        await ItemFiles(directory, log_level="warning")(
+            snapshot,
+            bundle_path=tiny_bundle.with_name("gone"),
+            manifest=bundle.manifest,
+            encoder=Encoder(bundle.fitted),
+        )
+
+    assert len(await open_table(directory, snapshot, tiny_bundle)) == 4
 
 
 async def test_missing_snapshot_is_refused(

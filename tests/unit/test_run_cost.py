@@ -94,7 +94,7 @@ def test_more_rows_than_the_cap_take_several_runs() -> None:
 
 
 def test_sweep_takes_the_least_time_of_each_size() -> None:
-    durations = iter([5.0, 9.0, 4.0, 8.0, *[6.0, 9.5] * 8])
+    durations = iter([5e-3, 9e-3, 4e-3, 8e-3, *[6e-3, 9.5e-3] * 8])
     now = 0.0
 
     def run(rows: int) -> None:
@@ -103,7 +103,60 @@ def test_sweep_takes_the_least_time_of_each_size() -> None:
 
     times = sweep(run, max_rows=2, clock=lambda: now)
 
-    assert times == [RunTime(1, 4.0), RunTime(2, 8.0)]
+    assert [t.seconds for t in times] == pytest.approx([4e-3, 8e-3])
+
+
+def test_sweep_rests_after_each_run_and_makes_four_rounds() -> None:
+    machine = Machine(flat)
+    rests: list[float] = []
+
+    def rest(seconds: float) -> None:
+        rests.append(seconds)
+        machine.now += 100.0
+
+    times = sweep(machine.run, clock=machine.clock, pause=rest)
+
+    assert len(rests) == 4 * len(sweep_sizes(2048))
+    assert times[-1].seconds == min(rests[len(times) - 1 :: len(times)])
+    assert times[-1].seconds < 0.01
+
+
+@pytest.mark.parametrize(("row_us", "num_rounds"), [(1.0, 10), (4.0, 6), (20.0, 5)])
+def test_sweep_of_long_runs_ends_earlier(row_us: float, num_rounds: int) -> None:
+    num_runs = 0
+    now = 0.0
+
+    def run(rows: int) -> None:
+        nonlocal num_runs, now
+        num_runs += rows == 1
+        now += row_us * US * rows
+
+    sweep(run, max_rows=2048, clock=lambda: now)
+
+    # A round takes 13.5 ms at 1 us a row, and at 20 us, up to the first run of over 10 ms, 64 ms.
+    assert num_runs == num_rounds
+
+
+def test_sweep_tries_no_more_rows_than_take_10_ms() -> None:
+    machine = Machine(lambda rows: 100 * US * rows)
+
+    times = sweep(machine.run, clock=machine.clock)
+
+    assert times[-1].rows == next(rows for rows in sweep_sizes(2048) if rows > 100)
+
+
+def test_one_disturbed_run_does_not_end_the_row_counts() -> None:
+    durations = iter([1e-3, 50e-3, 2e-3])
+    now = 0.0
+
+    def run(rows: int) -> None:
+        nonlocal now
+        now += next(durations, 3e-3)
+
+    times = sweep(run, max_rows=3, clock=lambda: now)
+
+    assert [t.rows for t in times] == [1, 2, 3]
+    assert times[1].seconds == pytest.approx(2e-3)
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 7, 100, 2048])
