@@ -125,7 +125,10 @@ class Elapsed(_Feature):
 
 
 class History(_Feature):
-    """The newest ids of a user's events, pooled; they share the vocabulary and table of `of`."""
+    """The newest ids of a user's events, pooled; they share the vocabulary and table of `of`.
+
+    A list column of that name in the user table goes before events; an id weighs by its places.
+    """
 
     kind: Literal["history"] = "history"
     scope: Literal["user"] = "user"

@@ -105,8 +105,8 @@ def write_ali_ccp(
 ) -> AliCcpSummary:
     """Writes impressions/, users/ (Parquet parts) and items.parquet.
 
-    Memory is bounded by the number of requests and of items, not of rows: some 1.5 GB for the
-    whole. A history of the user has `slots` places, see `bags.slot_lists`.
+    Memory is bounded by the number of requests and of items, not of rows. A history of the user
+    has `slots` places, see `bags.slot_lists`.
 
     Args:
         source: directory with the published files.
