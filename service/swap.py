@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from model.contract.blocks import Blocks
+from model.contract.bundle import MANIFEST
 from model.contract.errors import ContractError
 from service.batcher import MicroBatcher
 from service.identity import BundleIdentity, FileIdentity, bundle_identity, file_identity
@@ -33,12 +34,7 @@ _MARGIN_S = 1.0
 class _Sources:
     bundle: BundleIdentity
     items: FileIdentity | None
-
-    def are_there(self, settings: Settings) -> bool:
-        """Whether there is something to read in each place that the settings name."""
-        return self.bundle.manifest is not None and (
-            settings.item_snapshot is None or self.items is not None
-        )
+    are_there: bool  # whether there is something to read in each place that the settings name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +83,7 @@ class Swapper:
         refused: _Sources | None = None
         if not self._settings.wait_for_bundle:
             self._serve(await self._open(sources))
-        elif not sources.are_there(self._settings):
+        elif not sources.are_there:
             _log.info("not ready: no bundle at %s, or no items", self._settings.bundle)
         elif not await self._try(sources, "bundle"):
             refused = sources
@@ -109,9 +105,13 @@ class Swapper:
     def _look(self) -> _Sources:
         assert self._settings.bundle is not None  # See `__init__`.
         snapshot = self._settings.item_snapshot
+        bundle = bundle_identity(self._settings.bundle)
+        items = None if snapshot is None else file_identity(snapshot)
+        is_bundle_there = file_identity(bundle.path / MANIFEST) is not None
         return _Sources(
-            bundle=bundle_identity(self._settings.bundle),
-            items=None if snapshot is None else file_identity(snapshot),
+            bundle=bundle,
+            items=items,
+            are_there=is_bundle_there and (snapshot is None or items is not None),
         )
 
     async def _open(self, sources: _Sources) -> _Serving:
@@ -144,7 +144,7 @@ class Swapper:
             self._is_wanted.clear()
             found = await asyncio.to_thread(self._look)
             served = None if self._serving is None else self._serving.sources
-            if served is None and not found.are_there(self._settings):
+            if served is None and not found.are_there:
                 continue
             if is_wanted or found not in (served, refused):
                 is_whole = is_wanted or served is None or found.bundle != served.bundle
