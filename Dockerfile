@@ -4,7 +4,7 @@
 #   docker build --target train -t ctr-scoring:train .
 #
 # Packages are installed from pyproject.toml's list alone, in layers below the code: a change of the
-# code copies a few hundred kilobytes and installs nothing.
+# code copies a few megabytes and installs nothing.
 
 ARG PYTHON_IMAGE=python:3.11-slim
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import click
 
-from service.identity import bundle_identity, file_identity
+from model.contract.bundle import MANIFEST
+from service.identity import file_identity
 from service.quickstart import DEFAULT_KEEP_TRIPS, Stages, Trip, choose_trip
 
 CURRENT, BUNDLES = "current", "bundles"
@@ -57,9 +58,10 @@ def bootstrap(
     A service with CTR_BUNDLE=MODELS/current, CTR_ITEM_SNAPSHOT=MODELS/items.parquet and
     CTR_WAIT_FOR_BUNDLE becomes ready by it. User records go to CTR_STORE__URL and never expire.
     """
-    found = bundle_identity(models / CURRENT)
-    if not again and found.is_there and file_identity(models / ITEMS) is not None:
-        click.echo(f"{models}: bundle {found.path.name} is there, nothing to do")
+    current = models / CURRENT
+    needed = (current / MANIFEST, models / ITEMS)
+    if not again and all(file_identity(path) is not None for path in needed):
+        click.echo(f"{models}: bundle {current.resolve().name} is there, nothing to do")
         return
     stages = Stages(work.resolve())
     data, snapshot, run = stages.out / "data", stages.out / "snapshot", f"seed {seed}"

@@ -4,8 +4,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.contract.bundle import MANIFEST
-
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
@@ -28,11 +26,6 @@ class BundleIdentity:
 
     path: Path
     files: tuple[tuple[str, FileIdentity | None], ...]
-
-    @property
-    def is_there(self) -> bool:
-        """Whether there is a manifest to read."""
-        return any(name == MANIFEST and identity is not None for name, identity in self.files)
 
 
 def file_identity(path: Path) -> FileIdentity | None:

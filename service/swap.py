@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from model.contract.blocks import Blocks
+from model.contract.bundle import MANIFEST
 from model.contract.errors import ContractError
 from service.batcher import MicroBatcher
 from service.identity import BundleIdentity, FileIdentity, bundle_identity, file_identity
@@ -42,10 +43,7 @@ _MAX_TOLD = 100
 class _Sources:
     bundle: BundleIdentity
     items: FileIdentity | None
-
-    def are_there(self, settings: Settings) -> bool:
-        """Whether there is something to read in each place that the settings name."""
-        return self.bundle.is_there and (settings.item_snapshot is None or self.items is not None)
+    are_there: bool  # whether there is something to read in each place that the settings name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +103,7 @@ class Swapper:
         failure: _Failure | None = None
         if not self._settings.wait_for_bundle:
             self._serve(await self._open(sources, pause=None))
-        elif not sources.are_there(self._settings):
+        elif not sources.are_there:
             _log.info("not ready: no bundle at %s, or no items", self._settings.bundle)
         else:
             failure = await self._try(sources, "bundle", None)
@@ -127,9 +125,13 @@ class Swapper:
     def _look(self) -> _Sources:
         assert self._settings.bundle is not None  # See `__init__`.
         snapshot = self._settings.item_snapshot
+        bundle = bundle_identity(self._settings.bundle)
+        items = None if snapshot is None else file_identity(snapshot)
+        is_bundle_there = file_identity(bundle.path / MANIFEST) is not None
         return _Sources(
-            bundle=bundle_identity(self._settings.bundle),
-            items=None if snapshot is None else file_identity(snapshot),
+            bundle=bundle,
+            items=items,
+            are_there=is_bundle_there and (snapshot is None or items is not None),
         )
 
     async def _open(self, sources: _Sources, *, pause: Callable[[float], None] | None) -> _Serving:
@@ -178,7 +180,7 @@ class Swapper:
     def _part_to_swap(
         self, found: _Sources, failure: _Failure | None, is_wanted: bool
     ) -> SwapPart | None:
-        if self._serving is None and not found.are_there(self._settings):
+        if self._serving is None and not found.are_there:
             return None
         if is_wanted:
             return "bundle"

@@ -5,15 +5,17 @@
 
 import importlib.util
 import re
+import shlex
 import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import click
 import pytest
 import yaml
 
-from service.cli import VERBS
+from service.cli import VERBS, cli
 from service.settings import Settings, setting_rows
 
 ROOT = Path(__file__).parents[2]
@@ -222,3 +224,21 @@ def test_images_are_made_from_named_files_alone() -> None:
         *("pyproject.toml", "README.md", "model", "service", "loadtest"),
         *("deploy", "deploy/requirements.py"),
     }
+
+
+@pytest.mark.parametrize("name", ["bootstrap", "train", "load"])
+def test_verbs_understand_what_they_are_called_with(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = shlex.split(defaulted(SERVICES[name]["command"]))
+    if words[0] == "sh":
+        words = shlex.split(words[2].partition("&& exec ")[2])
+    assert words[0] == "ctr"
+    called: list[dict[str, Any]] = []  # Any: what click parsed
+    command = cli.get_command(click.Context(cli), words[1])
+    assert command is not None
+    monkeypatch.setattr(command, "callback", lambda **given: called.append(given))
+
+    command.main(words[2:], standalone_mode=False)
+
+    assert len(called) == 1
