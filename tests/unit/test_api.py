@@ -630,7 +630,7 @@ async def test_sample_goes_on_when_the_same_bundle_is_loaded_again(
         app.app.state.reload()
         async with asyncio.timeout(60):
             while 'scoring_swaps_total{part="bundle"} 1.0' not in await metrics_text(app.client):
-                pass
+                await asyncio.sleep(0.01)
         await app.client.post("/score", json=BODY)
         text = await metrics_text(app.client)
 
