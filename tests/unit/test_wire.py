@@ -219,6 +219,8 @@ def result(outputs: dict[str, list[float]], **changes: Any) -> ScoreResult:
         "item_ids": list(range(num_rows)),
         "outputs": {name: np.array(values, np.float32) for name, values in outputs.items()},
         "is_known": np.ones(num_rows, bool),
+        "time": 0.0,
+        "record": None,
         "is_finite": np.ones(num_rows, bool),
     }
     return ScoreResult(**{**fields, **changes})
