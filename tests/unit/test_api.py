@@ -630,7 +630,7 @@ async def test_sample_goes_on_when_the_same_bundle_is_loaded_again(
         app.app.state.reload()
         async with asyncio.timeout(60):
             is_swapped = False
-            while not is_swapped:  # noqa: ASYNC110 - /metrics gives no event
+            while not is_swapped:
                 await asyncio.sleep(0.01)
                 text = await metrics_text(app.client)
                 is_swapped = 'scoring_swaps_total{part="bundle"} 1.0' in text
