@@ -18,6 +18,7 @@ let timer = null;
 let isLooking = false;
 let numLooks = 0;
 const openedAt = Date.now();
+const seenSince = new Map();
 let failure = null;
 
 function positive(text) {
@@ -126,19 +127,36 @@ function render() {
   renderPictures(points);
 }
 
-function renderVerdict({ level, headline, detail, problems }) {
+/** Titles without their numbers, which change while the trouble is the same. */
+function withoutNumbers(title) {
+  return title.replace(/[\d.,<]+\s?(%|ms|s)?/g, "");
+}
+
+/** Since when each problem has been seen without a break, by this page's clock. */
+function tellSince(problems) {
+  const present = new Set(problems.map(({ title }) => withoutNumbers(title)));
+  for (const title of seenSince.keys()) if (!present.has(title)) seenSince.delete(title);
+  return problems.map((found) => {
+    const title = withoutNumbers(found.title);
+    if (!seenSince.has(title)) seenSince.set(title, Date.now());
+    return { ...found, detail: `Seen since ${clock(seenSince.get(title))}. ${found.detail}` };
+  });
+}
+
+function renderVerdict({ level, headline, detail, problems: found }) {
+  const problems = tellSince(found);
   const [first, ...others] = problems;
   document.body.dataset.level = level;
   byId("verdict").dataset.level = level;
   setText(byId("sign"), SIGNS[level]);
   setText(byId("headline"), headline);
-  setText(byId("why"), first !== undefined && first.detail !== detail ? first.detail : "");
+  setText(byId("why"), first?.detail ?? "");
   setText(byId("todo"), first === undefined ? "" : `What to do: ${first.todo}`);
   setText(byId("detail"), detail);
   byId("also").replaceChildren(...others.map(makeProblem));
   // Without numbers: it is read out only when something else is the matter.
   setText(byId("announce"), [headline.split(":")[0], ...problems.map(({ title }) => title)]
-    .map((text) => text.replace(/[\d.,<]+\s?(%|ms|s)?/g, "")).join(". "));
+    .map(withoutNumbers).join(". "));
   document.title = `${SIGNS[level]} ${headline}`;
   const icon = `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8"><circle cx="4" cy="4" r="4" fill="${COLOURS[level]}"/></svg>`;
   document.querySelector('link[rel="icon"]').href = `data:image/svg+xml,${encodeURIComponent(icon)}`;

@@ -271,8 +271,9 @@ function judgeProcess({ process, seconds }) {
 function summaryOf({ requests, latency, seconds, candidatesPerSecond }) {
   const span = formatAge(seconds);
   if (requests.offered === 0) return `No requests in the last ${span}.`;
+  const answered = requests.answered / seconds;
   const parts = [
-    `${formatNumber(requests.perSecond)} requests/s with ${formatNumber(candidatesPerSecond)} candidates/s`,
+    `${formatNumber(requests.perSecond)} requests/s asked, ${formatNumber(answered)} answered with ${formatNumber(candidatesPerSecond)} candidates/s`,
   ];
   if (requests.answered > 0) parts.push(`99 % of answers within ${formatSeconds(latency.p99)}`);
   const lost = requests.refused + requests.failed;

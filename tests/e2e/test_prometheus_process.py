@@ -106,7 +106,16 @@ def _run(served: Served, snapshot: Path, server: Prometheus) -> None:
     snapshot.write_bytes(b"no parquet")
     served.process.send_signal(signal.SIGHUP)
     wait_until(lambda: server.values('sum(scoring_swaps_refused_total{part="bundle"})') == [2.0])
-    _post(served.url, NUM_REQUESTS)
+
+    def is_corruption_seen() -> bool:
+        # What came before the first scrape is no increase.
+        _post(served.url, NUM_REQUESTS)
+        found = server.values(
+            'sum(increase(scoring_store_errors_total{code="record_corrupt"}[15m]))'
+        )
+        return found != [] and found[0] > 10
+
+    wait_until(is_corruption_seen)
 
 
 def _post(url: str, times: int) -> None:
@@ -164,9 +173,12 @@ def test_what_the_run_did_is_told(scraped: Prometheus) -> None:
 
 def test_texts_of_alerts_can_be_filled_in(scraped: Prometheus) -> None:
     # Those of the run: a refused swap, a bundle of 2023, records that are corrupt.
+    expected = {"ScoringSwapRefused", "ScoringRecordsCorrupt"}
+
+    def are_active() -> bool:
+        return expected <= {a["labels"]["alertname"] for a in scraped.get("alerts")["alerts"]}
+
+    wait_until(are_active)  # Alerts come with the next evaluations.
     active = scraped.get("alerts")["alerts"]
     texts = [text for alert in active for text in alert["annotations"].values()]
-    assert {"ScoringSwapRefused", "ScoringRecordsCorrupt"} <= {
-        a["labels"]["alertname"] for a in active
-    }
     assert [text for text in texts if "error" in text or "{{" in text] == []
