@@ -139,7 +139,7 @@ function tellSince(problems) {
   return problems.map((found) => {
     const title = withoutNumbers(found.title);
     if (!seenSince.has(title)) seenSince.set(title, Date.now());
-    return { ...found, detail: `Seen since ${clock(seenSince.get(title))}. ${found.detail}` };
+    return { ...found, detail: `${found.detail} Seen since ${clock(seenSince.get(title))}.`.trim() };
   });
 }
 
