@@ -129,8 +129,7 @@ def _add_explain(app: FastAPI, scoring: Scoring, limits: LimitSettings) -> None:
         body = parse_body(data, limits=few)
         request_id = body.request_id or request.scope["state"]["request_id"]
         request.scope["state"]["request_id"] = request_id
-        named = [ms for ms in (head.timeout_ms, body.timeout_ms) if ms is not None]
-        deadline = head.arrived_at + min(named, default=limits.timeout_ms) / 1000
+        deadline = scoring.gate.deadline(head, timeout_ms=body.timeout_ms)
         explanation = await scoring.status.require_scorer().explain(body.request, deadline=deadline)
         content = encode_explanation(explanation, request_id=request_id)
         return Response(content, media_type="application/json")

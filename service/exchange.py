@@ -133,8 +133,7 @@ class ScoreExchange:
             body = parse_body(data, limits=self._limits)
             call.request_id = body.request_id or call.request_id
             self._metrics.stage_finished(stage="parse", seconds=time.perf_counter() - received_at)
-            named = [ms for ms in (head.timeout_ms, body.timeout_ms) if ms is not None]
-            deadline = head.arrived_at + min(named, default=self._limits.timeout_ms) / 1000
+            deadline = self._gate.deadline(head, timeout_ms=body.timeout_ms)
             result = await scorer.score(body.request, deadline=deadline)
             scored_at = time.perf_counter()
             answer = encode_answer(result, request_id=call.request_id, layout=body.layout)

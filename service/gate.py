@@ -101,6 +101,16 @@ class Gate:
             self._metrics.request_dropped(reason="backlog")
             raise
 
+    def deadline(self, head: Head, *, timeout_ms: int | None) -> float:
+        """When a request's time is over, in `time.monotonic`: by the shorter of what it names.
+
+        Args:
+            head: Of the request.
+            timeout_ms: What its body names.
+        """
+        named = [ms for ms in (head.timeout_ms, timeout_ms) if ms is not None]
+        return head.arrived_at + min(named, default=self._limits.timeout_ms) / 1000
+
     def admit_early(
         self, headers: Iterable[tuple[bytes, bytes]], *, arrived_at: float
     ) -> Head | None:
