@@ -162,6 +162,11 @@ def _add_error_handlers(app: FastAPI) -> None:
         assert isinstance(exc, ServiceError)
         return _problem_response(request.scope, exc)
 
+    @app.exception_handler(Disconnected)
+    async def on_hang_up(request: Request, exc: Exception) -> Response:
+        del request, exc
+        return Response()  # Nobody reads it.
+
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, HTTPException)

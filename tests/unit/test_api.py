@@ -70,7 +70,9 @@ async def metrics_text(client: httpx.AsyncClient) -> str:
     return (await client.get("/metrics")).text
 
 
-async def post_asgi(running: RunningApp, messages: list[Message]) -> tuple[list[Message], int]:
+async def post_asgi(
+    running: RunningApp, messages: list[Message], *, path: str = "/score"
+) -> tuple[list[Message], int]:
     """Sends these messages as the request; returns the answer and how many were read."""
     sent: list[Message] = []
     unread = list(messages)
@@ -85,7 +87,7 @@ async def post_asgi(running: RunningApp, messages: list[Message]) -> tuple[list[
         "type": "http",
         "http_version": "1.1",
         "method": "POST",
-        "path": "/score",
+        "path": path,
         "query_string": b"",
         "headers": [],
     }

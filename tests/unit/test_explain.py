@@ -10,7 +10,7 @@ import pytest
 import tiny
 from conftest import RunningApp, StartApp
 from onnx import TensorProto, helper, numpy_helper
-from test_api import assert_problem
+from test_api import assert_problem, post_asgi
 
 from model.contract.encode import Encoder
 from model.contract.spec import TimePart
@@ -223,3 +223,11 @@ async def test_service_under_load_refuses_to_explain(
         response = await running.client.post("/explain", json=BODY)
 
     assert_problem(response, 503, "overloaded")
+
+
+async def test_caller_that_hangs_up_is_no_bug(
+    running: RunningApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    await post_asgi(running, [{"type": "http.disconnect"}], path="/explain")
+
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
