@@ -17,6 +17,7 @@ from loadtest.outcome import Base, Fact, Outcome, phases
 from loadtest.procs import resident_bytes
 from loadtest.schedule import arrival_times
 from loadtest.stand import Measured, Stand, metric
+from service.registry import point
 from service.settings import load_settings
 
 SWAPS = 50
@@ -298,9 +299,7 @@ def _point_at(stand: Stand, bundle: Path) -> None:
 
 
 def _link(stand: Stand, bundle: Path) -> None:
-    new = stand.bundle_link.with_suffix(".new")
-    new.symlink_to(bundle.resolve())
-    new.replace(stand.bundle_link)
+    point(stand.bundle_link, bundle.resolve())
 
 
 def _wait_for_bundle(stand: Stand, bundle: Path) -> bool:

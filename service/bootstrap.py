@@ -13,8 +13,9 @@ import click
 from model.contract.bundle import MANIFEST
 from service.identity import file_identity
 from service.quickstart import DEFAULT_KEEP_TRIPS, Stages, Trip, choose_trip
+from service.registry import CURRENT, point
 
-CURRENT, BUNDLES = "current", "bundles"
+BUNDLES = "bundles"
 ITEMS, RECORDS, REQUEST = "items.parquet", "records.parquet", "request.json"
 
 _PATH = click.Path(path_type=Path)
@@ -105,8 +106,5 @@ def publish(models: Path, *, bundle: Path, snapshot: Path, trip: Trip) -> None:
     part = models / f".{REQUEST}"
     part.write_text(json.dumps(trip.request, indent=1))
     part.replace(models / REQUEST)
-    link = models / f".{CURRENT}"
-    link.unlink(missing_ok=True)
     # Relative, so that it holds wherever the directory is mounted.
-    link.symlink_to(Path(BUNDLES) / bundle.name)
-    link.replace(models / CURRENT)
+    point(models / CURRENT, Path(BUNDLES) / bundle.name)

@@ -11,7 +11,6 @@ rename: whoever looks sees the bundle before or the one after.
 import contextlib
 import fcntl
 import os
-import secrets
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -154,9 +153,8 @@ class Registry:
         before = self.current
         if before == bundle:
             return None
-        link = self.path / f".{CURRENT}.{secrets.token_hex(4)}"
-        link.symlink_to(Path(VERSIONS) / bundle)
-        link.replace(self.path / CURRENT)
+        # Relative, so that it holds wherever the directory is mounted.
+        point(self.path / CURRENT, Path(VERSIONS) / bundle)
         move = Move(
             at=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
             action=action,
@@ -176,3 +174,11 @@ class Registry:
         with (self.path / _LOCK).open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # Gone with the file's descriptor.
             yield
+
+
+def point(link: Path, target: Path) -> None:
+    """Lets a link point to the target, in one step if it points elsewhere; for one at a time."""
+    new = link.with_name(f".{link.name}")
+    new.unlink(missing_ok=True)
+    new.symlink_to(target)
+    new.replace(link)
