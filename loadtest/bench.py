@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from service.settings import Settings, load_settings
-from service.verbs import store_settings
+from service.verbs import require_bundle, store_settings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -103,8 +103,7 @@ def bench(
     """
     with tempfile.TemporaryDirectory() as folder:
         settings = load_settings(bundle=bundle, item_snapshot=items)
-        if settings.bundle is None:
-            raise click.UsageError("no bundle: give --bundle DIR or set CTR_BUNDLE")
+        require_bundle(settings)
         # Long time-outs: a busy machine makes things late, and CPU time is what is asked for.
         store = settings.store.model_copy(
             update={"data_dir": Path(folder) / "redis", "timeout_ms": _STORE_TIMEOUT_MS}

@@ -50,8 +50,7 @@ def serve(
     settings = load_settings(
         bundle=bundle, item_snapshot=items, host=host, port=port, workers=workers
     )
-    if settings.bundle is None:
-        raise click.UsageError("no bundle: give --bundle DIR or set CTR_BUNDLE")
+    require_bundle(settings)
     configure_logging(settings.log_level)
     settings = _fit_to_cpu(settings)
 
@@ -129,12 +128,9 @@ def score(
 ) -> None:
     """Score one request, as for POST /score, from a file or stdin, without a server."""
     settings = load_settings(bundle=bundle, item_snapshot=items)
-    if settings.bundle is None:
-        raise click.UsageError("no bundle: give --bundle DIR or set CTR_BUNDLE")
+    bundle = require_bundle(settings)
     logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
-    answer = asyncio.run(
-        _score(settings, settings.bundle, request_file.read(), record, as_json=as_json)
-    )
+    answer = asyncio.run(_score(settings, bundle, request_file.read(), record, as_json=as_json))
     if as_json:
         click.echo(answer)
     else:
@@ -170,6 +166,17 @@ def load_records(records: Path, ttl_s: int) -> None:
             )
         )
     click.echo(f"{num_written} user records written")
+
+
+def require_bundle(settings: Settings) -> Path:
+    """The bundle's directory.
+
+    Raises:
+        UsageError: Neither the option nor the variable names one.
+    """
+    if settings.bundle is None:
+        raise click.UsageError("no bundle: give --bundle DIR or set CTR_BUNDLE")
+    return settings.bundle
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from model.contract.ids import canonical_id
 from service.cli import EXIT_GATE
 from service.distance import Bounds, Distance
 from service.settings import Settings, load_settings
-from service.verbs import progress_bar, store_settings
+from service.verbs import progress_bar, require_bundle, store_settings
 
 if TYPE_CHECKING:
     from service.replay import Replayed
@@ -48,12 +48,11 @@ def replay(
     from service.state import load_serving_state
 
     settings = load_settings(bundle=bundle, item_snapshot=items)
-    if settings.bundle is None:
-        raise click.UsageError("no bundle: give --bundle DIR or set CTR_BUNDLE")
+    bundle = require_bundle(settings)
     logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
     num_requests = count_requests(log)
     state = load_serving_state(
-        settings.bundle,
+        bundle,
         settings.item_snapshot,
         batch=settings.batch,
         with_item_sums=settings.item_sums,
