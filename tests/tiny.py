@@ -27,6 +27,7 @@ from model.contract.encode import Encoder
 from model.contract.ids import hash_ids
 from model.contract.record import HistoryEntries, MatchEntries, RecentEntries, UserRecord
 from model.contract.spec import Feature, FittedSchema, Moments, Schema, parse_schema
+from model.dataset import EncodedSplit
 
 NOON = 1_700_049_600.0  # 2023-11-15T12:00:00Z, a Wednesday
 NOON_TEXT = "2023-11-15T12:00:00Z"
@@ -312,6 +313,24 @@ def golden(encoder: Encoder, model: bytes) -> Golden:
         blocks=blocks,
         expected=dict(zip(names, session.run(names, blocks.feeds()), strict=True)),
     )
+
+
+def encoded_split(blocks: Blocks, **changes: Any) -> EncodedSplit:
+    """Rows of training data with these blocks: no label is 1, all are of one user."""
+    count = len(blocks)
+    fields: dict[str, Any] = {
+        "request_ids": blocks.request.ids.astype(np.int32),
+        "request_dense": blocks.request.dense,
+        "request_history": blocks.request.history.astype(np.int32),
+        "candidate_ids": blocks.candidate.ids.astype(np.int32),
+        "candidate_dense": blocks.candidate.dense,
+        "request_of": blocks.request_of,
+        "label_values": np.zeros((count, 2), np.int8),
+        "label_known": np.ones((count, 2), np.bool_),
+        "weight": np.ones(count, np.float32),
+        "user": np.zeros(count, np.int64),
+    }
+    return EncodedSplit(**{**fields, **changes})
 
 
 def write(

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
 import tiny
 from deployed import Query, alerts, as_values, needs, queries
@@ -18,7 +17,6 @@ from test_serve_process import LIMIT_S, Served, serving, wait_until
 
 from model.contract.encode import Encoder
 from model.contract.record import pack_record
-from model.dataset import EncodedSplit
 from model.histograms import histograms
 from service.settings import StoreSettings
 from service.stores import open_store
@@ -73,20 +71,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory, tiny_items: Path) -> Itera
 def _histograms_of_golden_rows() -> bytes:
     encoder = Encoder(tiny.fitted_schema())
     blocks = tiny.golden(encoder, tiny.graph(encoder)).blocks
-    count = len(blocks)
-    rows = EncodedSplit(
-        request_ids=blocks.request.ids.astype(np.int32),
-        request_dense=blocks.request.dense,
-        request_history=blocks.request.history.astype(np.int32),
-        candidate_ids=blocks.candidate.ids.astype(np.int32),
-        candidate_dense=blocks.candidate.dense,
-        request_of=blocks.request_of,
-        label_values=np.zeros((count, 2), np.int8),
-        label_known=np.ones((count, 2), np.bool_),
-        weight=np.ones(count, np.float32),
-        user=np.zeros(count, np.int64),
-    )
-    return histograms(rows, encoder).model_dump_json().encode()
+    return histograms(tiny.encoded_split(blocks), encoder).model_dump_json().encode()
 
 
 async def _write_records(url: str) -> None:

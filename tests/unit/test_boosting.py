@@ -31,18 +31,7 @@ def make_split(encoder: Encoder, *, requests: int, seed: int) -> EncodedSplit:
     logits = [2.0 * blocks.candidate.dense[:, dense.index(n)] for n in ("discount", "price")]
     click, bought = (rng.random(len(x)) < 1 / (1 + np.exp(-x)) for x in logits)
     values = np.stack([click, click & bought], axis=1).astype(np.int8)
-    return EncodedSplit(
-        request_ids=blocks.request.ids.astype(np.int32),
-        request_dense=blocks.request.dense,
-        request_history=blocks.request.history.astype(np.int32),
-        candidate_ids=blocks.candidate.ids.astype(np.int32),
-        candidate_dense=blocks.candidate.dense,
-        request_of=blocks.request_of,
-        label_values=values,
-        label_known=np.ones_like(values, np.bool_),
-        weight=np.ones(len(values), np.float32),
-        user=rng.integers(20, size=len(values)),
-    )
+    return tiny.encoded_split(blocks, label_values=values, user=rng.integers(20, size=len(values)))
 
 
 @pytest.fixture(scope="module")

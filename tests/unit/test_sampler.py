@@ -10,7 +10,6 @@ import tiny
 from model.contract.blocks import Blocks, CandidateBlock, RequestBlock
 from model.contract.encode import Encoder
 from model.contract.histograms import FeatureHistograms
-from model.dataset import EncodedSplit
 from model.histograms import histograms
 from service.histograms import Histogram
 from service.sampler import Outputs, Sampler
@@ -49,25 +48,9 @@ def requests(seed: int, count: int, *, price: float = 20.0, old_share: float = 0
     )
 
 
-def split_of(blocks: Blocks) -> EncodedSplit:
-    count = len(blocks)
-    return EncodedSplit(
-        request_ids=blocks.request.ids.astype(np.int32),
-        request_dense=blocks.request.dense,
-        request_history=blocks.request.history.astype(np.int32),
-        candidate_ids=blocks.candidate.ids.astype(np.int32),
-        candidate_dense=blocks.candidate.dense,
-        request_of=blocks.request_of,
-        label_values=np.zeros((count, 2), np.int8),
-        label_known=np.ones((count, 2), np.bool_),
-        weight=np.ones(count, np.float32),
-        user=np.zeros(count, np.int64),
-    )
-
-
 @pytest.fixture(scope="module")
 def trained() -> FeatureHistograms:
-    made = histograms(split_of(requests(1, 3000)), ENCODER)
+    made = histograms(tiny.encoded_split(requests(1, 3000)), ENCODER)
     read = FeatureHistograms.parse(made.model_dump_json().encode())
     assert read is not None
     return read
