@@ -179,7 +179,7 @@ def log_files(path: Path) -> list[Path]:
     """All whole files of a log, oldest first; or the one file that `path` is."""
     if path.is_file():
         return [path]
-    return sorted(f for f in path.glob(f"*/*{SUFFIX}") if not f.name.startswith("."))
+    return sorted(path.glob(f"*/*{SUFFIX}"))
 
 
 def write_file(directory: Path, frame: "pl.DataFrame", *, now: float) -> Path:
